@@ -1,0 +1,56 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help setup demo test test-all check format schemas bench mnist clean
+
+help:
+	@echo "make demo      the main job on data that comes with a package, in under three minutes"
+	@echo "make test      the default tests, in under ten minutes"
+	@echo "make test-all  the slow tests too"
+	@echo "make check     format, lint, types, import order, schemas"
+	@echo "make bench     the benchmarks"
+	@echo "make mnist     the paper's MNIST section (about an hour and a half)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m jobs.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config pyproject.toml
+	$(BIN)/python -m pytest tests/unit/documents -q
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schemas: $(READY)
+	$(BIN)/python -m kdcache.documents schemas
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+mnist: $(READY)
+	$(BIN)/python -m jobs.mnist
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,192 @@
+"""The job document: one TOML file that names the transfer set, the teachers, the cache and the students."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BuildOptions",
+    "CacheOptions",
+    "DaskCluster",
+    "DaskJobqueue",
+    "DaskLocal",
+    "ExecutorSpec",
+    "Factory",
+    "InProcess",
+    "Job",
+    "Optimizer",
+    "StudentSweep",
+    "TeacherSource",
+]
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from kdcache.documents.base import Document, ImportString, Name, Temperature
+from kdcache.documents.codec_specs import CodecSpec, Codes
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, le=1)]
+
+
+class Factory(Document):
+    """A Python callable, by import string, and its keyword arguments."""
+
+    title: ClassVar[str] = "factory"
+
+    factory: ImportString
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class TeacherSource(Factory):
+    """A teacher: a factory that gives a torch module, and the checkpoint with its weights."""
+
+    title: ClassVar[str] = "teacher source"
+
+    name: Name
+    checkpoint: str | None = None
+    """A .safetensors file (preferred) or a torch file read with weights_only; relative to the job file."""
+
+
+class InProcess(Document):
+    """Run all tasks in this process."""
+
+    title: ClassVar[str] = "executor"
+
+    kind: Literal["in-process"] = "in-process"
+
+
+class DaskLocal(Document):
+    """Start a Dask LocalCluster of processes on this machine."""
+
+    title: ClassVar[str] = "executor"
+
+    kind: Literal["dask-local"] = "dask-local"
+    num_workers: Positive = 2
+    threads_per_worker: Positive = 1
+    """Torch threads of a worker."""
+
+
+class DaskCluster(Document):
+    """Use a running Dask cluster."""
+
+    title: ClassVar[str] = "executor"
+
+    kind: Literal["dask"] = "dask"
+    address: Annotated[str, Field(min_length=1)]
+    """The scheduler's address, such as tcp://host:8786."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Dask resources a task takes, such as {"GPU" = 1}: one accelerator a worker."""
+
+
+class DaskJobqueue(Document):
+    """Ask a batch system (Slurm, PBS, ...) for workers through dask-jobqueue."""
+
+    title: ClassVar[str] = "executor"
+
+    kind: Literal["dask-jobqueue"] = "dask-jobqueue"
+    cluster: Annotated[str, Field(pattern=r"^[A-Za-z]+Cluster$")] = "SLURMCluster"
+    """The dask_jobqueue class."""
+    num_jobs: Positive = 1
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the cluster class: queue, cores, memory, walltime, ..."""
+    resources: dict[str, float] = Field(default_factory=dict)
+
+
+ExecutorSpec = Annotated[InProcess | DaskLocal | DaskCluster | DaskJobqueue, Field(discriminator="kind")]
+
+
+class CacheOptions(Document):
+    """Where the cache stands and how it is coded."""
+
+    title: ClassVar[str] = "cache options"
+
+    address: Annotated[str, Field(min_length=1)]
+    """A folder, relative to the job file."""
+    codec: CodecSpec = Codes()
+    merge: Literal["geometric"] | None = None
+    shard_rows: Positive | None = None
+    chunk_rows: Positive | None = None
+    num_pilot_rows: Positive | None = None
+
+
+class BuildOptions(Document):
+    """How teachers are run."""
+
+    title: ClassVar[str] = "build options"
+
+    batch_size: Positive | None = None
+    device: str = "auto"
+    """`auto` takes cuda where there is one."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that load examples."""
+    executor: ExecutorSpec = InProcess()
+
+
+class Optimizer(Document):
+    """How students are optimised."""
+
+    title: ClassVar[str] = "optimizer"
+
+    kind: Literal["sgd", "adam", "adamw"] = "adam"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd alone (Nesterov)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 over the run."""
+
+
+class StudentSweep(Factory):
+    """Students of one architecture, one for each (temperature, soft weight, seed), trained side by side."""
+
+    title: ClassVar[str] = "student sweep"
+
+    name: Name
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (4.0,)
+    soft_weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (0.9,)
+    """Weight of the soft term; 0 trains on hard labels alone."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    mean: Literal["geometric", "arithmetic", "tempered-arithmetic"] = "geometric"
+    divergence: Literal["forward-kl", "cross-entropy", "logit-matching"] = "forward-kl"
+    subset: Factory | None = None
+    """Gives the example_ids to train on; all where absent."""
+    epochs: Positive = 20
+    batch_size: Positive = 128
+    optimizer: Optimizer = Optimizer()
+    bias_correction: bool = False
+    """After training, match each class's mean softmax mass on the transfer set's inputs to its label frequency."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StudentSweep:
+        for field in ("temperatures", "soft_weights", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} holds a value more than once")
+        return self
+
+
+class Job(Document):
+    """A whole job file."""
+
+    title: ClassVar[str] = "job"
+
+    format_version: Literal[1] = 1
+    name: Name
+    cache: CacheOptions
+    transfer_set: Factory
+    """Gives a kdcache.TransferSet."""
+    teachers: tuple[TeacherSource, ...] = ()
+    build: BuildOptions = BuildOptions()
+    evaluation: Factory | None = None
+    """Gives (inputs, labels) on which students are tested."""
+    students: tuple[StudentSweep, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        for field in ("teachers", "students"):
+            names = [item.name for item in getattr(self, field)]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{field}: names stand more than once: {', '.join(repeated)}")
+        return self
