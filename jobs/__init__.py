@@ -1,0 +1,1 @@
+"""Experiments: one folder each, with its job file, its models and its data."""
