@@ -124,21 +124,13 @@ class TableSource:
         self._columns = list(input_columns)
         self._decode = decode
         self._num_kept_groups = num_kept_groups
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self._groups = list(_row_groups(self._dataset))
+        self._groups = list(_row_groups(dataset))
         counts = [group.count_rows() for group in self._groups]
         self._starts: list[int] = [0, *itertools.accumulate(counts)]
-        self._group = functools.lru_cache(self._num_kept_groups)(self._read_group)
+        self._group = functools.lru_cache(num_kept_groups)(self._read_group)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"dataset": self._dataset, "columns": self._columns, "decode": self._decode, "n": self._num_kept_groups}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._dataset, self._columns, self._decode = state["dataset"], state["columns"], state["decode"]
-        self._num_kept_groups = state["n"]
-        self._prepare()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_table, (_picklable(self._dataset), self._columns, self._decode, self._num_kept_groups)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -158,6 +150,19 @@ class TableSource:
         return {name: _cells(table.column(name)) for name in self._columns}
 
 
+def _picklable(dataset: Any) -> Any:
+    import pyarrow.dataset as pads  # noqa: PLC0415 - only table sources need Arrow
+
+    return dataset.to_table() if isinstance(dataset, pads.InMemoryDataset) else dataset
+
+
+def _restore_table(table: Any, columns: list[str], decode: Any, num_kept_groups: int) -> TableSource:
+    import pyarrow.dataset as pads  # noqa: PLC0415 - only table sources need Arrow
+
+    dataset = table if isinstance(table, pads.Dataset) else pads.dataset(table)
+    return TableSource(dataset, input_columns=columns, decode=decode, num_kept_groups=num_kept_groups)
+
+
 def _row_groups(dataset: Any) -> Any:
     for fragment in dataset.get_fragments():
         if hasattr(fragment, "split_by_row_group"):
@@ -173,12 +178,12 @@ def _cells(column: pa.ChunkedArray) -> Sequence[Any]:
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
     if isinstance(array, pa.FixedShapeTensorArray):
-        return list(array.to_numpy_ndarray())
+        return list(array.to_numpy_ndarray().copy())
     kind = array.type
     if pa.types.is_fixed_size_list(kind) and array.null_count == 0:
-        return list(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), kind.list_size))
+        return list(array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), kind.list_size).copy())
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return [np.asarray(cell.values.to_numpy(zero_copy_only=False)) for cell in array]
+        return [np.array(cell.values.to_numpy(zero_copy_only=False)) for cell in array]
     cells: list[Any] = array.to_pylist()
     return cells
 
