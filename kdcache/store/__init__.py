@@ -1,0 +1,13 @@
+"""The store: the only part that knows Zarr, Parquet and files.
+
+`CacheStore` reads and writes a cache's parts; `Objects` is where their bytes are kept.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CacheStore", "CodesReader", "ExampleTable", "LocalObjects", "Objects", "PublishedShard", "open_objects"]
+
+from kdcache.store.examples import ExampleTable
+from kdcache.store.objects import LocalObjects, Objects, open_objects
+from kdcache.store.reader import CodesReader
+from kdcache.store.store import CacheStore, PublishedShard

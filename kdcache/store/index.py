@@ -1,0 +1,213 @@
+"""The id index: from an example_id to its rows without reading examples.parquet.
+
+An *entry* is (key, check, first_row, num_rows). An int64 id is its own key and has check 0; a string's key and check
+are the two halves of its BLAKE2b-128. Entries stand sorted by (key, check) in chunks; the *fences* are the first
+(key, check) of every chunk. A lookup finds the chunks by the fences and reads those alone, so that neither opening nor
+memory grows with the number of examples.
+"""
+
+from __future__ import annotations
+
+__all__ = ["IdIndex", "IndexArrays", "index_arrays", "index_spec"]
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
+from kdcache.store.examples import ExampleTable, normal_ids
+from kdcache.store.reader import ShardedReader
+from kdcache.store.shards import ShardSpec
+
+CHUNK_ENTRIES = 4096
+"""Entries read and checked together: 128 KiB, and fences of 40 kB for ten million examples."""
+SHARD_CHUNKS = 64
+_FIELDS = ("key", "check", "first_row", "num_rows")
+_NAMED = 5
+
+Keys = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexArrays:
+    """The index of one transfer set.
+
+    Parameters
+    ----------
+    entries : ndarray [entry, field] of uint64
+        (key, check, first_row, num_rows), ascending by (key, check).
+    fences : ndarray [chunk, bound] of uint64
+        (key, check) of the first entry of each chunk.
+    """
+
+    entries: npt.NDArray[np.uint64]
+    fences: npt.NDArray[np.uint64]
+
+
+def index_spec(num_examples: int) -> ShardSpec:
+    """Give shape and coding of the entries' shards: it follows from the number of examples alone."""
+    chunks = min(SHARD_CHUNKS, -(-num_examples // CHUNK_ENTRIES))
+    return ShardSpec(chunks * CHUNK_ENTRIES, CHUNK_ENTRIES, len(_FIELDS), "uint64", 2**64 - 1)
+
+
+def index_arrays(table: ExampleTable) -> IndexArrays:
+    """Make the index of a table.
+
+    Raises
+    ------
+    DuplicateExampleError
+        An example_id stands more than once; the message names some, with their positions.
+    """
+    key, check = id_keys(table.example_ids)
+    order = np.argsort(key, kind="stable") if table.example_id_type == "int64" else np.lexsort((check, key))
+    entries = np.empty((len(table), len(_FIELDS)), dtype=np.uint64)
+    columns: tuple[npt.NDArray[Any], ...] = (key, check, table.first_row, table.num_rows)
+    for field, column in enumerate(columns):
+        entries[:, field] = column[order]
+    same = (entries[1:, 0] == entries[:-1, 0]) & (entries[1:, 1] == entries[:-1, 1])
+    if same.any():
+        raise _duplicates(table, order, np.flatnonzero(same))
+    return IndexArrays(entries, np.ascontiguousarray(entries[::CHUNK_ENTRIES, :2]))
+
+
+def id_keys(ids: npt.NDArray[Any]) -> Keys:
+    """Give (key, check) of ids that are int64 or an object array of `str`.
+
+    Raises
+    ------
+    TransferSetError
+        A string is no valid Unicode.
+    """
+    if ids.dtype.kind == "i":
+        return ids.astype(np.int64, copy=False).view(np.uint64), np.zeros(len(ids), np.uint64)
+    try:
+        digests = b"".join([hashlib.blake2b(value.encode(), digest_size=16).digest() for value in ids])
+    except UnicodeEncodeError as error:
+        raise TransferSetError(f"an example id is no valid Unicode: {error}") from error
+    halves = np.frombuffer(digests, dtype="<u8").reshape(len(ids), 2).astype(np.uint64)
+    return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1])
+
+
+class IdIndex:
+    """Looks example ids up; safe between threads.
+
+    Parameters
+    ----------
+    reader : ShardedReader
+        The entries.
+    fences : ndarray [chunk, bound] of uint64
+        (key, check) of the first entry of each chunk.
+    num_examples : int
+        Entries that are not padding.
+    example_id_type : {"int64", "string"}
+        The type of the cache's ids.
+    address : str
+        The cache's address, for messages.
+    """
+
+    def __init__(
+        self,
+        reader: ShardedReader,
+        fences: npt.NDArray[np.uint64],
+        *,
+        num_examples: int,
+        example_id_type: str,
+        address: str,
+    ) -> None:
+        self._reader = reader
+        self._fences = fences
+        self._num_examples = num_examples
+        self._example_id_type = example_id_type
+        self._address = address
+
+    def lookup(
+        self, example_ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Find examples' rows, in the order of the ids; duplicates allowed.
+
+        Parameters
+        ----------
+        example_ids : sequence or ndarray [example]
+            Ids of the cache's own type.
+
+        Returns
+        -------
+        first_row : ndarray [example] of int64
+            Each example's first row within a view.
+        num_rows : ndarray [example] of int32
+            Each example's rows within a view.
+
+        Raises
+        ------
+        UnknownExampleError
+            Some ids are not in the cache, or are of the other type.
+        TransferSetError
+            The ids are neither integers nor strings; bool and float are refused.
+        CorruptCacheError
+            The index is missing, torn or altered.
+        """
+        if len(example_ids) == 0:
+            return np.empty(0, np.int64), np.empty(0, np.int32)
+        ids = normal_ids(example_ids)
+        if (ids.dtype.kind == "i") != (self._example_id_type == "int64"):
+            raise self._unknown(ids, np.ones(len(ids), bool))
+        key, check = id_keys(ids)
+        chunk_of = _last_not_above((self._fences[:, 0], self._fences[:, 1]), (key, check))
+        found = np.zeros((len(ids), 2), np.uint64)
+        known = np.zeros(len(ids), bool)
+        order = np.argsort(chunk_of, kind="stable")
+        wanted, starts = np.unique(chunk_of[order], return_index=True)
+        spans = dict(zip(wanted.tolist(), np.split(order, starts[1:]), strict=True))
+        for chunk_index, chunk in self._reader.chunks(wanted[wanted >= 0]):
+            members = spans[chunk_index]
+            entries = chunk[: self._num_examples - chunk_index * CHUNK_ENTRIES]
+            place = _last_not_above((entries[:, 0], entries[:, 1]), (key[members], check[members]))
+            entry = entries[np.maximum(place, 0)]
+            known[members] = (entry[:, 0] == key[members]) & (entry[:, 1] == check[members])
+            found[members] = entry[:, 2:]
+        if not known.all():
+            raise self._unknown(ids, ~known)
+        return found[:, 0].astype(np.int64), found[:, 1].astype(np.int32)
+
+    def _unknown(self, ids: npt.NDArray[Any], unknown: npt.NDArray[np.bool_]) -> UnknownExampleError:
+        missing = ids[unknown]
+        named = ", ".join(repr(value) for value in missing[:_NAMED].tolist())
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        given = "int64" if ids.dtype.kind == "i" else "string"
+        hint = "Check that the cache was built from this transfer set."
+        if given != self._example_id_type:
+            convert = "int(value)" if self._example_id_type == "int64" else "str(value)"
+            hint = f"You gave {given} ids; convert them, such as [{convert} for value in ids]."
+        return UnknownExampleError(
+            f"{self._address}: {len(missing)} of {len(ids)} example ids are not in this cache: {named}{more}. "
+            f"Its ids are {self._example_id_type}. {hint}"
+        )
+
+
+def _last_not_above(bounds: Keys, wanted: Keys) -> npt.NDArray[np.int64]:
+    """Give the position of the last bound that is not above each wanted (key, check), or -1; bounds ascend."""
+    keys, checks = bounds
+    key, check = wanted
+    place = np.searchsorted(keys, key, side="right").astype(np.int64) - 1
+    # Two ids share a key once in 2^64 pairs; then the check decides, a step at a time.
+    above = (place >= 0) & (keys[place] == key) & (checks[place] > check)
+    while above.any():
+        place[above] -= 1
+        above = (place >= 0) & (keys[place] == key) & (checks[place] > check)
+    return place
+
+
+def _duplicates(
+    table: ExampleTable, order: npt.NDArray[np.int64], repeated: npt.NDArray[np.int64]
+) -> DuplicateExampleError:
+    pairs = [(int(order[place]), int(order[place + 1])) for place in repeated[:_NAMED]]
+    named = ", ".join(f"{table.example_ids[first]!r} at {first} and {second}" for first, second in pairs)
+    more = f", and {len(repeated) - _NAMED} more" if len(repeated) > _NAMED else ""
+    return DuplicateExampleError(
+        f"{len(repeated)} example ids stand more than once in the transfer set: {named}{more}. Nothing was written. "
+        "Give every example an id of its own, such as its file's path."
+    )

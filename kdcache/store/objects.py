@@ -1,0 +1,282 @@
+"""Objects: named byte strings that appear whole or not at all.
+
+An *object* is stored bytes under a *key*, a relative POSIX path below the store's address. Publishing is
+create-only: the first writer wins, every later one is told so. Nothing here knows what the bytes mean.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LocalObjects", "Objects", "open_objects"]
+
+import contextlib
+import ctypes
+import errno
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from kdcache.errors import KdcacheError
+
+PARTIAL = ".partial"
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+
+@runtime_checkable
+class Objects(Protocol):
+    """Where a cache's objects are kept."""
+
+    @property
+    def address(self) -> str:
+        """The address as a user would type it."""
+
+    def publish(self, key: str, data: bytes) -> bool:
+        """Store an object unless one stands under `key`; durable on return.
+
+        Returns
+        -------
+        bool
+            True when these bytes were stored, False when something stood there, which is then untouched.
+        """
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Store an object in place of whatever stands under `key`, atomically; durable on return."""
+
+    def delete(self, key: str) -> bool:
+        """Remove an object; False when none stood there."""
+
+    def read(self, key: str) -> bytes:
+        """Read a whole object.
+
+        Raises
+        ------
+        FileNotFoundError
+            No object stands under `key`.
+        """
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Read up to `length` bytes from byte `start`; fewer where the object ends before.
+
+        Raises
+        ------
+        FileNotFoundError
+            No object stands under `key`.
+        """
+
+    def size(self, key: str) -> int | None:
+        """Give an object's size in bytes, or None when none stands under `key`."""
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys below the folder `prefix` ("" for all), sorted by path component."""
+
+
+def open_objects(address: str | os.PathLike[str]) -> Objects:
+    """Open the store at an address.
+
+    Parameters
+    ----------
+    address : str or path
+        A local folder, given as a path or as a ``file://`` address. It need not exist yet.
+
+    Raises
+    ------
+    KdcacheError
+        The address names a kind of store that this release does not know.
+    """
+    text = os.fspath(address)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return LocalObjects(text)
+    if scheme == "file":
+        return LocalObjects(rest)
+    raise KdcacheError(
+        f"{text}: this release keeps caches in local folders only, not at {scheme}:// addresses. "
+        "Give a path; a mounted folder will do where it has atomic hard links or renames."
+    )
+
+
+class LocalObjects:
+    """Objects as files of a local folder, or of a mounted one with POSIX semantics.
+
+    An object is written to a hidden `*.partial` file beside its final name, synced, and then linked to that name, so
+    that a reader sees all of it or nothing, and a crash leaves at most a stale partial file that nothing ever reads.
+
+    Parameters
+    ----------
+    root : str or path
+        The folder; made by the first write.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = pathlib.Path(root)
+        self._address = os.fspath(root)
+
+    def __repr__(self) -> str:
+        return f"LocalObjects({self._address!r})"
+
+    @property
+    def address(self) -> str:
+        """The folder as it was given."""
+        return self._address
+
+    def publish(self, key: str, data: bytes) -> bool:
+        """Store an object unless one stands under `key`; durable on return, True for the winner alone."""
+        path = self._path(key)
+        if path.exists():
+            _sync_folder(path.parent)  # its writer may not have come as far as this
+            return False
+        with self._partial(path, data) as partial:
+            created = _link(partial, path)
+        _sync_folder(path.parent)
+        return created
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Store an object in place of whatever stands under `key`, atomically; durable on return."""
+        path = self._path(key)
+        with self._partial(path, data) as partial:
+            partial.replace(path)
+        _sync_folder(path.parent)
+
+    def delete(self, key: str) -> bool:
+        """Remove an object; False when none stood there."""
+        path = self._path(key)
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        _sync_folder(path.parent)
+        return True
+
+    def read(self, key: str) -> bytes:
+        """Read a whole object; FileNotFoundError when none stands under `key`."""
+        return self._path(key).read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Read up to `length` bytes from byte `start`; FileNotFoundError when nothing stands under `key`."""
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # No more memory than the file can fill, whatever a damaged index asks for.
+            length = min(length, os.fstat(descriptor).st_size - start)
+            return _read_fully(descriptor, start, length)
+        finally:
+            os.close(descriptor)
+
+    def size(self, key: str) -> int | None:
+        """Give an object's size in bytes, or None when none stands under `key`."""
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys below the folder `prefix` ("" for all), sorted by path component; partial files never."""
+        folder = self._path(prefix) if prefix else self._root
+        if not folder.is_dir():
+            return
+        for path in sorted(folder.iterdir()):
+            key = f"{prefix}/{path.name}" if prefix else path.name
+            if path.is_dir():
+                yield from self.list(key)
+            elif not path.name.endswith(PARTIAL):
+                yield key
+
+    def _path(self, key: str) -> pathlib.Path:
+        parts = key.split("/")
+        if any(part in {"", ".", ".."} or "\\" in part or "\0" in part for part in parts) or parts[-1].endswith(
+            PARTIAL
+        ):
+            raise KdcacheError(
+                f"{key!r} is no key of a store: a key is a relative path of plain names, such as a/b.json"
+            )
+        return self._root.joinpath(*parts)
+
+    @contextlib.contextmanager
+    def _partial(self, path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
+        """Write the bytes durably to a file of their own beside `path`, which is gone afterwards."""
+        _make_folder(path.parent)
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}")
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                _write_fully(descriptor, data)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _read_fully(descriptor: int, start: int, length: int) -> bytes:
+    pieces = []
+    while length > 0:
+        piece = os.pread(descriptor, length, start)
+        if not piece:
+            break
+        pieces.append(piece)
+        start += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _write_fully(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    """Make a folder and its parents, each durably: a synced file in a lost folder is lost."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _link(partial: pathlib.Path, path: pathlib.Path) -> bool:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        # A network file system may carry out a link, lose its answer, and fail the repeated request.
+        return partial.stat().st_nlink > 1
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        return _rename_without_replacing(partial, path)
+    return True
+
+
+def _rename_without_replacing(partial: pathlib.Path, path: pathlib.Path) -> bool:
+    """Publish where there are no hard links, by Linux's renameat2 with RENAME_NOREPLACE.
+
+    A plain rename would let the last writer win, silently and against the record of the first, so where the kernel or
+    the file system cannot do this either, nothing is published and the error says so.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    code = errno.ENOSYS
+    if rename is not None:
+        result = rename(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE)
+        if result == 0:
+            return True
+        code = ctypes.get_errno()
+    if code == errno.EEXIST:
+        return False
+    if code in {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}:
+        raise KdcacheError(
+            f"{path}: this file system has neither hard links nor a rename that refuses to replace, so two builders "
+            "could overwrite each other unseen. Nothing was published. Build the cache on another file system and "
+            "copy it here when it is complete."
+        )
+    raise OSError(code, os.strerror(code), os.fspath(path))

@@ -1,0 +1,342 @@
+"""Reading rows out of shards: any rows in any order, whole shards, or everything.
+
+A `ShardedReader` reads any sharded array of a cache; a `CodesReader` reads a teacher's codes and refuses holes. Both
+keep every shard's index and the chunks last decoded, in bounded memory, and may be used by several threads at once.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader"]
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.documents import CacheDocument
+from kdcache.errors import ShapeError
+from kdcache.store.objects import Objects
+from kdcache.store.place import Place
+from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_index
+
+DEFAULT_CACHE_BYTES = 64 * 2**20
+"""Decoded chunks kept by a reader: a few hundred batches' worth of chunks, little beside any network."""
+_MAX_GAP_BYTES = 32 * 1024
+"""Chunks closer than this are read in one go: skipping less costs more than reading it."""
+_MAX_RANGE_BYTES = 16 * 2**20
+"""No single read takes more memory than this, beyond a chunk of its own."""
+
+Value = TypeVar("Value")
+
+
+class _Recent(Generic[Value]):
+    """The values last used, up to a number of bytes; safe between threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._values: OrderedDict[int, tuple[Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: int) -> Value | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: int, value: Value, num_bytes: int) -> None:
+        with self._lock:
+            if key in self._values or num_bytes > self._max_bytes:
+                return
+            self._values[key] = (value, num_bytes)
+            self._bytes += num_bytes
+            while self._bytes > self._max_bytes:
+                _, (_, freed) = self._values.popitem(last=False)
+                self._bytes -= freed
+
+
+class ShardedReader:
+    """Rows of one sharded array.
+
+    Parameters
+    ----------
+    objects : Objects
+        Where the shards are kept.
+    place_of : callable
+        Gives a shard's place by its number.
+    spec : ShardSpec
+        Shape and coding of the shards.
+    num_shards : int
+        Shards of the array.
+    cache_bytes : int
+        Decoded chunks to keep, in bytes; as much again at most is kept of the shards' indexes.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        place_of: Callable[[int], Place],
+        spec: ShardSpec,
+        num_shards: int,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.spec = spec
+        self.num_rows = num_shards * spec.shard_rows
+        self._objects = objects
+        self._place_of = place_of
+        self._indexes: _Recent[npt.NDArray[np.int64]] = _Recent(max(cache_bytes, spec.index_bytes))
+        self._chunks: _Recent[npt.NDArray[Any]] = _Recent(cache_bytes)
+
+    def read_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Read rows by number, in the order given; each chunk is read once however many of its rows are asked for.
+
+        Parameters
+        ----------
+        rows : ndarray [row] of int64
+            Row numbers; duplicates allowed.
+
+        Returns
+        -------
+        ndarray [row, column]
+            The rows in the stored dtype.
+
+        Raises
+        ------
+        ShapeError
+            A row number lies outside the array.
+        CorruptCacheError
+            A shard is missing, torn or altered.
+        """
+        check_rows(rows, self.num_rows)
+        out = np.empty((len(rows), self.spec.num_columns), dtype=self.spec.little)
+        chunk_of = rows // self.spec.chunk_rows
+        order = np.argsort(chunk_of, kind="stable")
+        chunks, starts = np.unique(chunk_of[order], return_index=True)
+        within = (rows % self.spec.chunk_rows)[order]
+        ends = [*starts[1:].tolist(), len(rows)]
+        spans = dict(zip(chunks.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
+        for chunk_index, chunk in self.chunks(chunks):
+            start, end = spans[chunk_index]
+            out[order[start:end]] = chunk[within[start:end]]
+        return out
+
+    def chunks(self, chunk_indexes: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Yield chunks by number, read in as few ranges as their places allow.
+
+        Parameters
+        ----------
+        chunk_indexes : ndarray [chunk] of int64
+            Chunk numbers over the whole array, ascending and without duplicates.
+        """
+        missing: list[int] = []
+        for chunk_index in chunk_indexes.tolist():
+            chunk = self._chunks.get(chunk_index)
+            if chunk is None:
+                missing.append(chunk_index)
+            else:
+                yield chunk_index, chunk
+        for shard_index, within in _by_shard(missing, self.spec.num_chunks):
+            yield from self._read_chunks(shard_index, within)
+
+    def read_shard(self, shard_index: int, *, num_rows: int | None = None) -> npt.NDArray[Any]:
+        """Read a whole shard, or its first `num_rows` rows, in one go and past the memory of chunks."""
+        place = self._place_of(shard_index)
+        return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows)
+
+    def _read_chunks(self, shard_index: int, within: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        place = self._place_of(shard_index)
+        index = self._index(shard_index, place)
+        for run in _coalesced(within, index):
+            first, last = index[run[0]], index[run[-1]]
+            start, length = int(first[0]), int(last[0] + last[1] - first[0])
+            data = memoryview(self._objects.read_range(place.key, start, length))
+            if len(data) != length:
+                raise place.corrupt(f"only {len(data)} of {length} bytes from byte {start} could be read")
+            for chunk_in_shard in run:
+                offset, chunk_bytes = index[chunk_in_shard].tolist()
+                chunk = decode_chunk(data[offset - start : offset - start + chunk_bytes], self.spec, place=place)
+                chunk.flags.writeable = False
+                chunk_index = shard_index * self.spec.num_chunks + chunk_in_shard
+                self._chunks.put(chunk_index, chunk, chunk.nbytes)
+                yield chunk_index, chunk
+
+    def _index(self, shard_index: int, place: Place) -> npt.NDArray[np.int64]:
+        index = self._indexes.get(shard_index)
+        if index is not None:
+            return index
+        shard_bytes = self._objects.size(place.key)
+        if shard_bytes is None:
+            raise place.corrupt("the shard is missing")
+        start = max(0, shard_bytes - self.spec.index_bytes)
+        tail = self._objects.read_range(place.key, start, shard_bytes - start)
+        index = parse_index(tail, self.spec, shard_bytes=shard_bytes, place=place)
+        self._indexes.put(shard_index, index, index.nbytes)
+        return index
+
+    def _read_object(self, place: Place) -> bytes:
+        try:
+            return self._objects.read(place.key)
+        except FileNotFoundError as error:
+            raise place.corrupt("the shard is missing") from error
+
+
+class CodesReader:
+    """Rows of one teacher's codes; a row that reads as a hole is an error, never a number.
+
+    Rows are numbered view by view: row `first_row` of view `view_index` is
+    ``view_index * cache_document.padded_rows + first_row``.
+
+    Parameters
+    ----------
+    reader : ShardedReader
+        The array.
+    cache_document : CacheDocument
+        Says which rows exist.
+    place_of : callable
+        Gives a shard's place by its number.
+    """
+
+    def __init__(self, reader: ShardedReader, cache_document: CacheDocument, place_of: Callable[[int], Place]) -> None:
+        self._reader = reader
+        self._cache_document = cache_document
+        self._place_of = place_of
+
+    @property
+    def spec(self) -> ShardSpec:
+        """Shape and coding of the shards."""
+        return self._reader.spec
+
+    def read_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Read rows by number, in the order given; duplicates allowed.
+
+        Parameters
+        ----------
+        rows : ndarray [row] of int64
+            Row numbers, views included.
+
+        Returns
+        -------
+        ndarray [row, column]
+            The codes in the stored dtype.
+
+        Raises
+        ------
+        ShapeError
+            A row number lies outside the array or in the padding behind a view's last row.
+        CorruptCacheError
+            A shard is missing, torn or altered, or holds no data where a row should be.
+        """
+        check_rows(rows, self._reader.num_rows)
+        padding = rows % self._cache_document.padded_rows >= self._cache_document.num_rows
+        if padding.any():
+            raise ShapeError(
+                f"row {int(rows[padding][0])} is padding: each view has {self._cache_document.num_rows} rows in a "
+                f"block of {self._cache_document.padded_rows}; row numbers are view_index * padded_rows + first_row"
+            )
+        codes = self._reader.read_rows(rows)
+        self._refuse_holes(codes, rows)
+        return codes
+
+    def read_shard(self, shard_index: int) -> npt.NDArray[Any]:
+        """Read the rows of one shard, padding left out.
+
+        Parameters
+        ----------
+        shard_index : int
+            Shard, counted over all views.
+
+        Returns
+        -------
+        ndarray [row, column]
+            `cache_document.rows_in_shard(shard_index)` rows of codes.
+
+        Raises
+        ------
+        ShapeError
+            There is no such shard.
+        CorruptCacheError
+            The shard is missing, torn or altered, or holds no data where a row should be.
+        """
+        if not 0 <= shard_index < self._cache_document.num_shards:
+            raise ShapeError(f"there is no shard {shard_index}; the cache has {self._cache_document.num_shards}")
+        codes = self._reader.read_shard(shard_index, num_rows=self._cache_document.rows_in_shard(shard_index))
+        self._refuse_holes(codes, np.arange(len(codes)) + shard_index * self.spec.shard_rows)
+        return codes
+
+    def read_all(self) -> npt.NDArray[Any]:
+        """Read every row of every view; padding stays in place, so that row numbers are indexes of the result.
+
+        Returns
+        -------
+        ndarray [row, column]
+            `num_views * padded_rows` rows of codes; the padding holds the fill code.
+
+        Raises
+        ------
+        CorruptCacheError
+            A shard is missing, torn or altered, or holds no data where a row should be.
+        """
+        num_shards = self._cache_document.num_shards
+        first = self.read_shard(0)  # a cache whose shards are missing must not cost the memory of a whole one
+        shape = (num_shards * self.spec.shard_rows, self.spec.num_columns)
+        codes = np.full(shape, self.spec.fill, dtype=self.spec.little)
+        for shard_index in range(num_shards):
+            rows = self.read_shard(shard_index) if shard_index else first
+            start = shard_index * self.spec.shard_rows
+            codes[start : start + len(rows)] = rows
+        return codes
+
+    def _refuse_holes(self, codes: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
+        if not has_fill(codes, self.spec.fill):
+            return
+        is_fill = np.isnan(codes) if codes.dtype.kind == "f" else codes == codes.dtype.type(self.spec.fill)
+        row = int(rows[is_fill.any(axis=1)][0])
+        raise self._place_of(row // self.spec.shard_rows).corrupt(
+            f"row {row} holds the fill code: it was never written"
+        )
+
+
+def check_rows(rows: npt.NDArray[np.int64], num_rows: int) -> None:
+    """Refuse row numbers outside an array with a ShapeError."""
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ShapeError(f"row numbers are one axis of integers, not {rows.dtype} of shape {rows.shape}")
+    outside = (rows < 0) | (rows >= num_rows)
+    if outside.any():
+        raise ShapeError(f"row {int(rows[outside][0])} is outside the array's rows 0 to {num_rows - 1}")
+
+
+def has_fill(codes: npt.NDArray[Any], fill: float) -> bool:
+    """Tell whether the fill code stands anywhere among stored codes; one pass."""
+    if codes.size == 0:
+        return False
+    if codes.dtype.kind == "f":
+        return bool(np.isnan(codes).any())
+    return int(codes.max()) >= int(fill)  # the fill code is the largest integer of its type
+
+
+def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> Iterator[tuple[int, list[int]]]:
+    groups: dict[int, list[int]] = {}
+    for chunk_index in chunk_indexes:
+        groups.setdefault(chunk_index // num_chunks, []).append(chunk_index % num_chunks)
+    yield from groups.items()
+
+
+def _coalesced(within: Sequence[int], index: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """Group ascending chunks of one shard into runs that are read as one range."""
+    places = index[list(within)]
+    starts, ends = places[:, 0].tolist(), (places[:, 0] + places[:, 1]).tolist()
+    run = [within[0]]
+    run_start = starts[0]
+    for position in range(1, len(within)):
+        near = starts[position] - ends[position - 1] <= _MAX_GAP_BYTES
+        if near and ends[position] - run_start <= _MAX_RANGE_BYTES:
+            run.append(within[position])
+            continue
+        yield run
+        run, run_start = [within[position]], starts[position]
+    yield run
