@@ -1,0 +1,116 @@
+"""CacheFiles: a cache's files read as what they mean, with errors that name the file and what mends it."""
+
+from __future__ import annotations
+
+__all__ = ["ATTRIBUTE", "CacheFiles"]
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from kdcache.documents import Document
+from kdcache.errors import DocumentError, Problem
+from kdcache.store import arrays, layout
+from kdcache.store.objects import Objects
+from kdcache.store.place import Place
+
+ATTRIBUTE = "kdcache"
+"""The Zarr attribute under which a group keeps its document."""
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+class CacheFiles:
+    """The files of one cache.
+
+    Parameters
+    ----------
+    objects : Objects
+        Where they are kept.
+    """
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = objects
+
+    @property
+    def address(self) -> str:
+        """The cache's address."""
+        return self.objects.address
+
+    def read(self, place: Place) -> bytes:
+        """Read a file that must be there; CorruptCacheError where it is missing."""
+        try:
+            return self.objects.read(place.key)
+        except FileNotFoundError as error:
+            raise place.corrupt("the file is missing") from error
+
+    def read_json(self, place: Place) -> dict[str, Any] | None:
+        """Read a JSON object; None where there is no file, CorruptCacheError where it is no JSON object."""
+        try:
+            value = json.loads(self.objects.read(place.key))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise place.corrupt(f"the file is no JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise place.corrupt("the file is no JSON object")
+        return value
+
+    def read_document(self, kind: type[AnyDocument], key: str) -> AnyDocument | None:
+        """Read a document from a file of its own; None where there is no such file."""
+        try:
+            data = self.objects.read(key)
+        except FileNotFoundError:
+            return None
+        return kind.from_json(data, source=str(self.place(key)))
+
+    def read_group_document(self, kind: type[AnyDocument], group: str) -> AnyDocument | None:
+        """Read the document in a Zarr group's attributes; None where there is no group."""
+        place = self.place(layout.metadata_key(group))
+        metadata = self.read_json(place)
+        if metadata is None:
+            return None
+        attributes = metadata.get("attributes")
+        if metadata.get("node_type") != "group" or not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
+            problem = Problem(f"attributes.{ATTRIBUTE}", "missing", "is no Zarr group of a kdcache cache")
+            raise DocumentError(kind.title, str(place), (problem,))
+        return kind.from_mapping(attributes[ATTRIBUTE], source=str(place))
+
+    def read_nodes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield path and metadata of every Zarr group and array below the root."""
+        suffix = f"/{layout.METADATA}"
+        for folder in layout.GROUPS:
+            for key in self.objects.list(folder):
+                metadata = self.read_json(self.place(key)) if key.endswith(suffix) else None
+                if metadata is not None:
+                    yield key.removesuffix(suffix), metadata
+
+    def publish_json(self, key: str, metadata: Mapping[str, Any]) -> bool:
+        """Store a JSON document unless something stands under the key; True when this one was stored."""
+        return self.objects.publish(key, arrays.to_json(metadata))
+
+    def place(self, key: str) -> Place:
+        """Give the place of a file with no remedy of its own."""
+        return Place(self.address, key, f"Run `kdcache verify {self.address}` to see all damage.")
+
+    def index_place(self, key: str) -> Place:
+        """Give the place of a file of the id index."""
+        remedy = f"Delete the folder {layout.INDEX} and run the build again: it makes the index anew from the examples."
+        return Place(self.address, key, remedy)
+
+    def teacher_place(self, key: str, name: str) -> Place:
+        """Give the place of a file that a teacher's shards depend on."""
+        remedy = (
+            f"Run `kdcache verify {self.address}` to see all damage. Where this file cannot be brought back, delete "
+            f"{layout.teacher_group(name)} and {layout.records_folder(name)} and run the build again."
+        )
+        return Place(self.address, key, remedy)
+
+    def shard_place(self, name: str, shard_index: int) -> Place:
+        """Give the place of a teacher's shard."""
+        key = layout.shard_key(name, shard_index)
+        remedy = (
+            f"Run `kdcache verify {self.address}` to see all damage; then delete {key} and "
+            f"{layout.record_key(name, shard_index)} and run the build again: it makes this shard anew."
+        )
+        return Place(self.address, key, remedy)
