@@ -172,24 +172,25 @@ class LocalObjects:
             return None
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Yield the keys below the folder `prefix` ("" for all), sorted by path component; partial files never."""
+        """Yield the keys below the folder `prefix` ("" for all), sorted by path component; hidden files never."""
         folder = self._path(prefix) if prefix else self._root
         if not folder.is_dir():
             return
         for path in sorted(folder.iterdir()):
             key = f"{prefix}/{path.name}" if prefix else path.name
+            if path.name.startswith("."):  # partial files, and what desktops and network file systems leave behind
+                continue
             if path.is_dir():
                 yield from self.list(key)
-            elif not path.name.endswith(PARTIAL):
+            else:
                 yield key
 
     def _path(self, key: str) -> pathlib.Path:
         parts = key.split("/")
-        if any(part in {"", ".", ".."} or "\\" in part or "\0" in part for part in parts) or parts[-1].endswith(
-            PARTIAL
-        ):
+        if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
             raise KdcacheError(
-                f"{key!r} is no key of a store: a key is a relative path of plain names, such as a/b.json"
+                f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
+                "such as plans/0.json"
             )
         return self._root.joinpath(*parts)
 
