@@ -1,0 +1,173 @@
+"""Tasks on a Dask cluster: one on this machine, one by address, or one asked of a batch system.
+
+Dask is trusted with nothing but running functions. A worker's death can run a task twice or lose it; both are harmless,
+because a shard is published first-writer-wins and completion is read from the store. Work that was lost with its
+workers is submitted again, as long as each round gets something done.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DaskExecutor", "spans"]
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from distributed import Client, LocalCluster, as_completed
+from distributed.client import FutureCancelledError
+from distributed.scheduler import KilledWorker
+
+from kdcache.build.work import Work
+from kdcache.documents import DaskCluster, DaskJobqueue, DaskLocal, Record
+from kdcache.errors import ExecutorError, MissingExtraError
+from kdcache.store import CacheStore
+
+MAX_FRUITLESS_ROUNDS = 3
+"""Rounds of resubmission without a single new shard after which the build gives up."""
+
+ClusterSpec = DaskLocal | DaskCluster | DaskJobqueue
+
+
+class DaskExecutor:
+    """Runs tasks on a Dask cluster.
+
+    Parameters
+    ----------
+    spec : DaskLocal, DaskCluster or DaskJobqueue
+        Which cluster. A cluster that is started here is stopped here.
+    """
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._spec = spec
+
+    def run(self, work: Work, tasks: Mapping[str, Sequence[int]], on_record: Callable[[Record], None]) -> None:
+        """Run all tasks; see `Executor.run`."""
+        remaining = {(name, shard) for name, shards in tasks.items() for shard in shards}
+        if not remaining:
+            return
+        fruitless, last_loss = 0, ""
+        with open_client(self._spec) as client:
+            while remaining and fruitless < MAX_FRUITLESS_ROUNDS:
+                before = len(remaining)
+                last_loss = self._round(client, work, remaining, on_record) or last_loss
+                fruitless = fruitless + 1 if len(remaining) == before else 0
+        if remaining:
+            shown = ", ".join(f"{name}/{shard}" for name, shard in sorted(remaining)[:5])
+            raise ExecutorError(
+                f"cache {work.address}: {len(remaining)} shard(s) could not be built ({shown}, ...): workers were lost "
+                f"{MAX_FRUITLESS_ROUNDS} times in a row without finishing one. Last: {last_loss}. Everything "
+                "published is kept. Look at the workers' logs (memory?), then run the same command again"
+            )
+
+    def _round(
+        self, client: Client, work: Work, remaining: set[tuple[str, int]], on_record: Callable[[Record], None]
+    ) -> str:
+        """Submit what remains once; take out of `remaining` what got done. Gives what was lost, in words."""
+        futures = self._submit(client, work, remaining)
+        lost = ""
+        for future in as_completed(futures):
+            error = future.exception() if future.status == "error" else None
+            if future.status == "finished":
+                for record in future.result():
+                    remaining.discard((record.teacher, record.shard_index))
+                    on_record(record)
+            elif error is None or isinstance(error, KilledWorker | FutureCancelledError):
+                lost = str(error or "the scheduler cancelled a task")
+            else:
+                client.cancel(futures)
+                raise error
+        self._discard_published(work, remaining, on_record)
+        return lost
+
+    def _submit(self, client: Client, work: Work, remaining: set[tuple[str, int]]) -> list[Any]:
+        sent = client.scatter(work, broadcast=True, hash=False)
+        resources = getattr(self._spec, "resources", None) or None
+        return [
+            client.submit(_run_span, sent, name, shards, pure=False, resources=resources)
+            for name, shards in spans(work, remaining)
+        ]
+
+    @staticmethod
+    def _discard_published(work: Work, remaining: set[tuple[str, int]], on_record: Callable[[Record], None]) -> None:
+        store = CacheStore.at(work.address)
+        for name, shard in sorted(remaining):
+            record = store.record(name, shard)
+            if record is not None:
+                remaining.discard((name, shard))
+                on_record(record)
+
+
+def spans(work: Work, tasks: set[tuple[str, int]]) -> Iterator[tuple[str, list[int]]]:
+    """Group tasks into spans of neighbouring shards that fill at least one inference batch, so none runs twice much."""
+    per_span = max(1, -(-2 * work.plan.batch_size // work.plan.cache.shard_rows))
+    for name in sorted({name for name, _ in tasks}):
+        shards = sorted(shard for other, shard in tasks if other == name)
+        for start in range(0, len(shards), per_span):
+            yield name, shards[start : start + per_span]
+
+
+@contextlib.contextmanager
+def open_client(spec: ClusterSpec) -> Iterator[Client]:
+    """Connect to the cluster a spec names, starting and stopping it where it is ours.
+
+    Raises
+    ------
+    ExecutorError
+        There is no scheduler at the address.
+    MissingExtraError
+        dask-jobqueue is not installed.
+    """
+    if isinstance(spec, DaskCluster):
+        try:
+            client = Client(spec.address, timeout="20s", set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ExecutorError(
+                f"no Dask scheduler answers at {spec.address}: {error}. Nothing was written by this run. Start one "
+                "(`dask scheduler`, `dask worker ADDRESS`), or use another executor"
+            ) from error
+        with client:
+            yield client
+        return
+    with open_cluster(spec) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def open_cluster(spec: DaskLocal | DaskJobqueue) -> Any:
+    """Start a cluster on this machine, or ask a batch system for one."""
+    if isinstance(spec, DaskLocal):
+        return LocalCluster(
+            n_workers=spec.num_workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            preload_nanny=[],
+            resources=None,
+            env={"OMP_NUM_THREADS": str(spec.threads_per_worker)},
+        )
+    try:
+        import dask_jobqueue  # noqa: PLC0415 - an extra of its own
+    except ImportError as error:
+        raise MissingExtraError(
+            "executor 'dask-jobqueue' needs dask-jobqueue, which is not installed; nothing was written. "
+            "Run `pip install 'kdcache[jobqueue]'`"
+        ) from error
+    cluster_class = getattr(dask_jobqueue, spec.cluster, None)
+    if cluster_class is None:
+        raise ExecutorError(f"dask_jobqueue has no {spec.cluster}; nothing was written")
+    cluster = cluster_class(**spec.options)
+    cluster.scale(jobs=spec.num_jobs)
+    return cluster
+
+
+def _run_span(work: Work, name: str, shard_indices: list[int]) -> list[Record]:
+    """Run on a worker: tasks of one teacher. Returns only the small records."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(_threads_of_worker())
+    return list(work.run(name, shard_indices))
+
+
+def _threads_of_worker() -> int:
+    import os  # noqa: PLC0415 - read on the worker
+
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))

@@ -1,0 +1,216 @@
+"""Inference: a teacher's logits, batch by batch of the grid, checked, and cut into shards."""
+
+from __future__ import annotations
+
+__all__ = ["BatchLogits", "Inputs", "shard_logits"]
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdcache.build.rows import BatchKey, RowMap
+from kdcache.errors import InputMismatchError, NonFiniteLogitsError, WrongClassCountError
+from kdcache.transfer_set import TransferSet
+
+LOOK_AHEAD = 2
+"""Batches loaded ahead of the teacher."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Batches of inputs, loaded ahead of use.
+
+    Parameters
+    ----------
+    transfer_set : TransferSet
+    row_map : RowMap
+    num_workers : int
+        Processes that load examples; 0 loads on one thread.
+    """
+
+    transfer_set: TransferSet
+    row_map: RowMap
+    num_workers: int = 0
+
+    def batches(self, keys: Sequence[BatchKey]) -> Iterator[Any]:
+        """Yield the inputs of batches, in the order of `keys`."""
+        if self.num_workers:
+            yield from _load_with_processes(self, keys)
+        else:
+            yield from _load_with_thread(self, keys)
+
+    def load(self, key: BatchKey) -> Any:
+        """Load one batch, and check one of its inputs against the digest taken when the cache was planned.
+
+        Raises
+        ------
+        InputMismatchError
+            The dataset now gives another input for an example.
+        """
+        indices = self.row_map.examples_of_batch(key)
+        self._check_input(int(indices[key.batch_index % len(indices)]))
+        return self.transfer_set.read_inputs(indices, view_index=key.view_index)
+
+    def _check_input(self, index: int) -> None:
+        digests = self.transfer_set.input_digests
+        if digests is None or self.transfer_set.digest_of(index) == digests[index].tobytes():
+            return
+        raise InputMismatchError(
+            f"example {self.transfer_set.example_ids[index]!r} (position {index}) gives another input than when the "
+            "transfer set was read first. A transfer set must give the same input each time it is asked; put random "
+            "augmentation into Views(transform=..., num_views=..., name=...). Shards that are published are kept"
+        )
+
+
+class BatchLogits:
+    """A teacher's checked logits for batches of the grid.
+
+    Parameters
+    ----------
+    name : str
+        The teacher's name, for messages.
+    run : callable (inputs) -> Tensor
+        The running teacher.
+    inputs : Inputs
+    num_classes : int, optional
+        Classes expected; whatever the teacher gives where absent.
+    kept : mapping of BatchKey to Tensor [row, class], optional
+        Logits that are known already (the pilot's).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Any], Tensor],
+        inputs: Inputs,
+        *,
+        num_classes: int | None,
+        kept: Mapping[BatchKey, Tensor] | None = None,
+    ) -> None:
+        self._name = name
+        self._run = run
+        self._inputs = inputs
+        self._num_classes = num_classes
+        self._kept = kept or {}
+
+    def stream(self, keys: Sequence[BatchKey]) -> Iterator[Tensor]:
+        """Yield the logits [row, class] of batches, in order, loading inputs ahead.
+
+        Raises
+        ------
+        NonFiniteLogitsError, WrongClassCountError, InputMismatchError
+        """
+        loaded = self._inputs.batches([key for key in keys if key not in self._kept])
+        for key in keys:
+            yield self._kept[key] if key in self._kept else self._checked(key, self._run(next(loaded)))
+
+    def _checked(self, key: BatchKey, logits: Tensor) -> Tensor:
+        row_map = self._inputs.row_map
+        examples = row_map.examples_of_batch(key)
+        if logits.ndim not in {2, 3} or len(logits) != len(examples) or not logits.dtype.is_floating_point:
+            raise WrongClassCountError(
+                f"teacher {self._name!r} gave logits of shape {tuple(logits.shape)} and dtype {logits.dtype} for "
+                f"{len(examples)} examples; expected floating-point [example, class] or [example, position, class]. "
+                "Shards that are published are kept"
+            )
+        if self._num_classes is not None and logits.shape[-1] != self._num_classes:
+            raise WrongClassCountError(
+                f"teacher {self._name!r} gives {logits.shape[-1]} classes, the cache has {self._num_classes}. Every "
+                "teacher of an ensemble covers the same classes in the same order. Nothing of this teacher was "
+                "written; give a teacher with the right head, or build it into a cache of its own"
+            )
+        rows = self._as_rows(logits, row_map.num_rows[examples])
+        if not bool(torch.isfinite(rows).all()):
+            self._report_non_finite(key, rows)
+        return rows
+
+    def _as_rows(self, logits: Tensor, counts: Any) -> Tensor:
+        if logits.ndim == 2:
+            if counts.max() > 1:
+                raise WrongClassCountError(
+                    f"teacher {self._name!r} gives one row an example, but the transfer set says num_rows up to "
+                    f"{counts.max()}; a sequence teacher gives [example, position, class]"
+                )
+            return logits
+        if counts.max() > logits.shape[1]:
+            raise WrongClassCountError(
+                f"teacher {self._name!r} gives {logits.shape[1]} positions an example, but the transfer set says "
+                f"num_rows up to {counts.max()}"
+            )
+        return torch.cat([logits[index, :count] for index, count in enumerate(counts.tolist())])
+
+    def _report_non_finite(self, key: BatchKey, rows: Tensor) -> None:
+        row_map = self._inputs.row_map
+        bad = int((~torch.isfinite(rows)).any(dim=1).nonzero()[0, 0])
+        index = row_map.example_at(row_map.rows_of_batch(key)[0] + bad)
+        value = rows[bad][~torch.isfinite(rows[bad])][0].item()
+        raise NonFiniteLogitsError(
+            f"teacher {self._name!r} gave {value} among the logits of example "
+            f"{self._inputs.transfer_set.example_ids[index]!r} (position {index}, view {key.view_index}). NaN and "
+            "infinity have no soft targets, so the shard was not written; shards that are published are kept. Mend "
+            "the input, or run the teacher in higher precision (autocast off), and run the same command again"
+        )
+
+
+def shard_logits(batches: BatchLogits, row_map: RowMap, shard_indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield (shard index, logits [row, class]) for shards in order, running each batch of the grid at most once."""
+    shards = sorted(shard_indices)
+    keys = list(dict.fromkeys(key for shard in shards for key in row_map.batches_of_shard(shard)))
+    stream = zip(keys, batches.stream(keys), strict=True)
+    held: dict[BatchKey, Tensor] = {}
+    for shard in shards:
+        needed = row_map.batches_of_shard(shard)
+        held = {key: logits for key, logits in held.items() if key in needed}
+        while needed[-1] not in held:
+            key, logits = next(stream)
+            held[key] = logits
+        _, start, end = row_map.shard_rows(shard)
+        yield shard, torch.cat([_cut(row_map, key, held[key], start, end) for key in needed])
+
+
+def _cut(row_map: RowMap, key: BatchKey, logits: Tensor, start: int, end: int) -> Tensor:
+    first, last = row_map.rows_of_batch(key)
+    return logits[max(start - first, 0) : min(end, last) - first]
+
+
+def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:
+    with ThreadPoolExecutor(1, thread_name_prefix="kdcache-inputs") as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for key in keys:
+                waiting.append(pool.submit(inputs.load, key))
+                if len(waiting) > LOOK_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class _BatchDataset(Dataset[Any]):
+    def __init__(self, inputs: Inputs, keys: Sequence[BatchKey]) -> None:
+        self._inputs = inputs
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._inputs.load(self._keys[index])
+
+
+def _load_with_processes(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:
+    yield from DataLoader(
+        _BatchDataset(inputs, keys),
+        batch_size=None,
+        num_workers=inputs.num_workers,
+        prefetch_factor=LOOK_AHEAD,
+        multiprocessing_context="forkserver",
+    )

@@ -1,0 +1,188 @@
+"""Planning: which rows, shards and tasks a build has. Pure: nothing is written, no teacher is run."""
+
+from __future__ import annotations
+
+__all__ = ["Layout", "choose_layout", "extend_plan", "make_plan", "refuse_other_plan"]
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kdcache.codecs import codec_for
+from kdcache.documents import CacheDocument, CodecSpec, Fingerprint, PlanDocument, View, differences
+from kdcache.errors import PlanMismatchError
+from kdcache.transfer_set import TransferSet
+
+CHUNK_BYTES = 2**18
+"""Raw bytes of an inner chunk, about: small enough for scattered reads, large enough to compress."""
+SHARD_BYTES = 2**24
+"""Raw bytes of a shard, about: one stored object."""
+SHARD_LOGITS_BYTES = 2**29
+"""Float32 bytes of a shard's logits at most: what a task holds in memory."""
+MAX_CHUNK_ROWS = 4096
+MIN_SHARDS = 8
+"""A small cache is still cut into this many shards, so that a stopped build loses little."""
+NUM_PILOT_ROWS = 2048
+BATCH_SIZE = 256
+
+Merge = Literal["geometric"] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are cut.
+
+    Parameters
+    ----------
+    shard_rows, chunk_rows : int
+        Rows of a stored object, and rows that are read and checked together.
+    """
+
+    shard_rows: int
+    chunk_rows: int
+
+
+def choose_layout(
+    codec: CodecSpec, *, num_classes: int, num_rows: int, shard_rows: int | None = None, chunk_rows: int | None = None
+) -> Layout:
+    """Choose rows a shard and rows a chunk from the size of a row; either can be given."""
+    made = codec_for(codec, num_classes)
+    row_bytes = made.num_columns * np.dtype(made.storage_dtype).itemsize
+    few = _power_of_two_from(-(-num_rows // MIN_SHARDS))
+    by_size = min(SHARD_BYTES // row_bytes, SHARD_LOGITS_BYTES // (4 * num_classes), 2**20)
+    if shard_rows is None:
+        shard_rows = min(_power_of_two_to(by_size), few)
+        shard_rows = max(shard_rows, 1) if chunk_rows is None else -(-shard_rows // chunk_rows) * chunk_rows
+    if chunk_rows is None:
+        chunk_rows = min(_power_of_two_to(CHUNK_BYTES // row_bytes), MAX_CHUNK_ROWS, shard_rows)
+        while shard_rows % chunk_rows:
+            chunk_rows -= 1
+    return Layout(shard_rows, chunk_rows)
+
+
+def make_plan(
+    transfer_set: TransferSet,
+    fingerprints: Sequence[Fingerprint],
+    *,
+    codec: CodecSpec,
+    num_classes: int,
+    merge: Merge = None,
+    weights: tuple[float, ...] | None = None,
+    shard_rows: int | None = None,
+    chunk_rows: int | None = None,
+    batch_size: int | None = None,
+    num_pilot_rows: int | None = None,
+) -> PlanDocument:
+    """Make the plan of a new cache.
+
+    Raises
+    ------
+    DocumentError
+        The options contradict each other; all problems are listed.
+    TransferSetError
+        The transfer set's ids, labels or inputs are malformed.
+    """
+    num_rows = int(transfer_set.num_rows.sum(dtype=np.int64))
+    layout = choose_layout(
+        codec, num_classes=num_classes, num_rows=num_rows, shard_rows=shard_rows, chunk_rows=chunk_rows
+    )
+    views = transfer_set.views
+    cache = CacheDocument.make(
+        num_classes=num_classes,
+        num_examples=len(transfer_set),
+        num_rows=num_rows,
+        num_views=transfer_set.num_views,
+        shard_rows=layout.shard_rows,
+        chunk_rows=layout.chunk_rows,
+        example_id_type="int64" if transfer_set.example_ids.dtype == np.int64 else "string",
+        transfer_set_digest=transfer_set.digest(),
+        has_labels=transfer_set.labels is not None,
+        has_input_digests=transfer_set.digests_inputs,
+        view=None if views is None else View.make(name=views.name, seed=views.seed),
+        merge=merge,
+    )
+    return PlanDocument.make(
+        cache=cache,
+        teachers=tuple(fingerprints),
+        weights=weights,
+        codec=codec,
+        batch_size=batch_size or BATCH_SIZE,
+        num_pilot_rows=min(num_pilot_rows or NUM_PILOT_ROWS, num_rows),
+    )
+
+
+def extend_plan(standing: PlanDocument, proposed: PlanDocument) -> PlanDocument:
+    """Make the plan that adds the proposed plan's new teachers to a standing one; the standing one if none is new.
+
+    Raises
+    ------
+    PlanMismatchError
+        Anything but appended teachers differs, or the cache is merged.
+    """
+    if standing.cache.merge is not None:
+        raise PlanMismatchError(
+            "a merged cache keeps only the mean of its members, so a teacher cannot be added to it; nothing was "
+            "changed. Build all members into a new cache"
+        )
+    known = {teacher.name: teacher for teacher in standing.teachers}
+    if any(known.get(teacher.name, teacher) != teacher for teacher in proposed.teachers):
+        refuse_other_plan(standing, proposed)
+    refuse_other_plan(standing, proposed.model_copy(update={"teachers": standing.teachers}))
+    new = tuple(teacher for teacher in proposed.teachers if teacher.name not in known)
+    if not new:
+        return standing
+    return PlanDocument.make(
+        **{**dict(standing), "teachers": (*standing.teachers, *new), "previous": standing.digest()}
+    )
+
+
+def refuse_other_plan(standing: PlanDocument, proposed: PlanDocument) -> None:
+    """Raise where a proposed plan is not the standing one.
+
+    Raises
+    ------
+    PlanMismatchError
+        Prints every field that differs, from both sides, and the ways out.
+    """
+    theirs = {**standing.to_mapping(), "previous": None}
+    ours = {**proposed.to_mapping(), "previous": None}
+    found = list(differences(ours, theirs))
+    if not found:
+        return
+    lines = "\n".join(f"  {path}: now {_short(mine)}, in the cache {_short(other)}" for path, mine, other in found)
+    raise PlanMismatchError(
+        f"the cache was planned otherwise; {len(found)} difference(s):\n{lines}\n"
+        f"{_advice([path for path, _, _ in found])} Nothing was changed."
+    )
+
+
+def _advice(paths: list[str]) -> str:
+    if any(path.startswith("cache.transfer_set_digest") or path == "cache.num_examples" for path in paths):
+        return (
+            "The transfer set is another one: other ids, labels, row counts or inputs. Give the one the cache was "
+            "planned with, or build at a new address."
+        )
+    if any(path.endswith("weights_sha256") for path in paths):
+        return (
+            "A teacher's weights changed under the same name. Give the old checkpoint, or give the new one a new name "
+            "and add it (add_teachers=True, --add-teachers), or build at a new address."
+        )
+    if any(path.startswith("teachers") for path in paths):
+        return "To add teachers to the cache say so (add_teachers=True, --add-teachers), or build at a new address."
+    return "Use the same options to go on with this cache, or build at a new address."
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _power_of_two_to(value: int) -> int:
+    return 1 << max(0, value.bit_length() - 1) if value > 0 else 1
+
+
+def _power_of_two_from(value: int) -> int:
+    return 1 << max(0, (value - 1).bit_length())

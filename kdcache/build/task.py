@@ -1,0 +1,183 @@
+"""Tasks: one teacher's logits for one shard, encoded, measured and published.
+
+A *task* is a pure function of (plan, teacher, shard). It is done when its record stands and the record's digest is that
+of the stored shard; nothing else counts, so a task may run twice, in two places, or be lost, and harm nothing.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Destination", "certify", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.build.inference import BatchLogits, shard_logits
+from kdcache.build.rows import RowMap
+from kdcache.codecs import LADDER, Codec, codec_for, error_range, measure, parameters_to
+from kdcache.documents import CacheDocument, CertificateDocument, Record, TeacherDocument
+from kdcache.errors import CorruptCacheError
+from kdcache.store import CacheStore
+
+MEASURED_ELEMENTS = 2**21
+"""Logits of a shard whose KL is measured at most; every row's error range is always measured."""
+
+ADOPTED_ERROR_FACTOR = 4.0
+"""How much further from our logits another builder's unrecorded shard may be than our own, before it is refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Destination:
+    """Where one teacher's shards go, and how they are coded."""
+
+    store: CacheStore
+    cache: CacheDocument
+    teacher: TeacherDocument
+    codec: Codec
+    parameters: Mapping[str, Tensor]
+
+    @classmethod
+    def open(cls, store: CacheStore, cache: CacheDocument, teacher: TeacherDocument) -> Destination:
+        """Read the codec's parameters and make the destination."""
+        parameters = parameters_to(store.parameters(teacher), "cpu")
+        return cls(store, cache, teacher, codec_for(teacher.codec, teacher.num_classes), parameters)
+
+
+def run_tasks(
+    destination: Destination, batches: BatchLogits, row_map: RowMap, shard_indices: Sequence[int]
+) -> Iterator[Record]:
+    """Run the tasks of several shards, and yield each record once its shard is published.
+
+    Inference goes on while earlier shards are encoded and written by other threads.
+    """
+    num_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+    waiting: deque[Future[Record]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-encode") as pool:
+        try:
+            for shard_index, logits in shard_logits(batches, row_map, shard_indices):
+                waiting.append(pool.submit(publish_shard, destination, shard_index, logits))
+                while len(waiting) > num_threads or (waiting and waiting[0].done()):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@torch.inference_mode()
+def publish_shard(destination: Destination, shard_index: int, logits: Tensor) -> Record:
+    """Encode one shard, measure it, publish it first-writer-wins, then publish its record.
+
+    Parameters
+    ----------
+    destination : Destination
+    shard_index : int
+    logits : Tensor [row, class]
+        All rows of the shard, without padding; on any device.
+
+    Raises
+    ------
+    CodecError
+        The codec cannot hold these logits.
+    CorruptCacheError
+        A shard without a record stands there that does not belong to this teacher.
+    """
+    codec = destination.codec
+    parameters = parameters_to(destination.parameters, logits.device)
+    codes = codec.encode(logits, parameters)
+    certificate = certify(logits, codec.decode(codes, parameters))
+    array = codes.cpu().numpy()
+    published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
+    if not published.created:
+        certificate = _certify_standing(destination, shard_index, logits, array, certificate)
+    record = Record.make(
+        teacher=destination.teacher.name,
+        shard_index=shard_index,
+        num_rows=len(logits),
+        num_bytes=published.num_bytes,
+        sha256=published.sha256,
+        min_logit=float(logits.min()),
+        max_logit=float(logits.max()),
+        certificate=certificate,
+    )
+    destination.store.publish_record(record)
+    return destination.store.record(destination.teacher.name, shard_index) or record
+
+
+def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
+    """Measure what coding changed: the error range of all rows, and KL at the ladder on all or evenly spread rows."""
+    num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
+    rows = torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
+    divergences = measure(logits[rows].float(), decoded[rows], LADDER)
+    return CertificateDocument.make(
+        temperatures=LADDER,
+        mean_kl=tuple(divergences.mean(dim=0).tolist()),
+        max_kl=tuple(divergences.amax(dim=0).tolist()),
+        num_measured_rows=num_measured,
+        max_error_range=float(error_range(logits.float(), decoded).max()),
+    )
+
+
+def _certify_standing(
+    destination: Destination, shard_index: int, logits: Tensor, ours: np.ndarray, certificate: CertificateDocument
+) -> CertificateDocument:
+    """Certify the shard that stood there first: the same bytes, or another run's on hardware that does not repeat."""
+    reader = destination.store.codes_reader(destination.teacher, destination.cache)
+    standing = reader.read_shard(shard_index)[: len(ours)]
+    if np.array_equal(standing, ours):
+        return certificate
+    decoded = destination.codec.decode(torch.from_numpy(standing), destination.parameters)
+    theirs = certify(logits.cpu(), decoded)
+    logit_span = float(logits.max() - logits.min())
+    allowed = ADOPTED_ERROR_FACTOR * certificate.max_error_range + 0.02 * logit_span
+    if theirs.max_error_range > allowed:
+        raise CorruptCacheError(
+            f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
+            f"without a record, and its logits differ from the teacher's by up to {theirs.max_error_range:.3g} (ours: "
+            f"{certificate.max_error_range:.3g}). It was not written by this build. Nothing was changed; delete the "
+            "shard's file and run the same command again"
+        )
+    return theirs
+
+
+def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:
+    """Tell whether a shard's record stands and its digest is that of the stored bytes."""
+    if record is None or record.num_rows != cache.rows_in_shard(shard_index):
+        return False
+    try:
+        data = store.shard_bytes(teacher, shard_index)
+    except (FileNotFoundError, CorruptCacheError):
+        return False
+    return hashlib.sha256(data).hexdigest() == record.sha256
+
+
+def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> list[int]:
+    """List the shards of a teacher that are not done: the plan minus what is published and intact.
+
+    Raises
+    ------
+    CorruptCacheError
+        A record stands whose shard is missing or altered: what is bad is named, never silently overwritten.
+    """
+    records = store.records(teacher)
+    missing = [shard for shard in range(cache.num_shards) if shard not in records]
+    bad = [
+        shard
+        for shard, record in sorted(records.items())
+        if shard < cache.num_shards and not is_done(store, cache, teacher, shard, record)
+    ]
+    if bad:
+        raise CorruptCacheError(
+            f"cache {store.address}: teacher {teacher!r} has {len(bad)} shard(s) that no longer match their records: "
+            f"{bad[:10]}. Nothing was changed. See them all with `kdcache verify {store.address}`; delete the files of "
+            "those shards and their records, and run the same command again: only they are built anew"
+        )
+    return missing

@@ -1,0 +1,249 @@
+"""Teachers: live torch modules, or modules made from a job file, each with a fingerprint of its weights."""
+
+from __future__ import annotations
+
+__all__ = ["ModuleTeacher", "SourcedTeacher", "Teacher", "load_checkpoint", "weights_digest"]
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from kdcache import jobs
+from kdcache.documents import Fingerprint, TeacherSource
+from kdcache.errors import JobError, WrongClassCountError
+
+Autocast = Literal["bfloat16", "float16"] | None
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What a build needs of a teacher. Sent to other processes by pickling."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What makes this teacher this teacher."""
+        ...
+
+    def running(self) -> contextlib.AbstractContextManager[Callable[[Any], Tensor]]:
+        """Make the teacher ready, and give a function from a batch of inputs to logits.
+
+        The logits are [example, class], or [example, position, class] for sequences.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleTeacher:
+    """A live torch module.
+
+    Parameters
+    ----------
+    name : str
+        The teacher's name in the cache.
+    module : nn.Module
+        Gives logits, or an object or mapping with `logits`.
+    device : str
+        `auto` takes cuda where there is one; the module is moved there, and back when the build is over.
+    autocast : {"bfloat16", "float16"}, optional
+        Reduced precision of the forward pass.
+    source : str, optional
+        Provenance; the module's class by default.
+    """
+
+    name: str
+    module: nn.Module
+    device: str = "auto"
+    autocast: Autocast = None
+    source: str | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Digest of the weights, as they are when first asked for."""
+        kind = type(self.module)
+        return Fingerprint.make(
+            name=self.name,
+            source=self.source or f"{kind.__module__}:{kind.__qualname__}",
+            weights_sha256=weights_digest(self.module),
+            autocast=self.autocast,
+        )
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Callable[[Any], Tensor]]:
+        """Run the module in evaluation mode on its device; its modes and device are restored afterwards."""
+        modes = {module: module.training for module in self.module.modules()}
+        before = next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
+        device = choose_device(self.device)
+        self.module.eval().to(device)
+        try:
+            yield functools.partial(_forward, self.module, device, self.autocast)
+        finally:
+            self.module.to(before)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@dataclass(frozen=True, eq=False)
+class SourcedTeacher:
+    """A teacher named in a job file: made anew in every process that runs it, so nothing large is sent around.
+
+    Parameters
+    ----------
+    source : TeacherSource
+        Name, factory, arguments and checkpoint.
+    folder : Path
+        The job file's folder, from which the checkpoint's path and the imports are resolved.
+    device, autocast
+        As of `ModuleTeacher`.
+    """
+
+    source: TeacherSource
+    folder: Path
+    device: str = "auto"
+    autocast: Autocast = None
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Digest of the weights after the checkpoint was loaded."""
+        return self._module_teacher.fingerprint
+
+    @functools.cached_property
+    def _module_teacher(self) -> ModuleTeacher:
+        module = jobs.make(self.source, self.folder)
+        if not isinstance(module, nn.Module):
+            raise JobError(
+                f"teacher {self.source.name!r}: {self.source.factory} gave a {type(module).__qualname__}; a "
+                "torch.nn.Module is needed. Nothing was written"
+            )
+        if self.source.checkpoint is not None:
+            load_checkpoint(module, self.folder / self.source.checkpoint, name=self.source.name)
+        return ModuleTeacher(self.source.name, module, self.device, self.autocast, source=self.source.factory)
+
+    def running(self) -> contextlib.AbstractContextManager[Callable[[Any], Tensor]]:
+        """Load the teacher if this process has not yet, and run it."""
+        return self._module_teacher.running()
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_module_teacher", "fingerprint")
+        return {key: value for key, value in self.__dict__.items() if key not in hidden}
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTeacher:
+    """The weighted mean of the members' logits, run as one teacher."""
+
+    members: tuple[Teacher, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """A merged teacher has its members' fingerprints, none of its own."""
+        raise TypeError("a merged teacher is described by its members")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Callable[[Any], Tensor]]:
+        """Run all members side by side."""
+        with contextlib.ExitStack() as stack:
+            members = [stack.enter_context(member.running()) for member in self.members]
+
+            def mean_logits(inputs: Any) -> Tensor:
+                total: Tensor | None = None
+                for member, weight, teacher in zip(members, self.weights, self.members, strict=True):
+                    logits = member(inputs).float() * weight
+                    if total is not None and logits.shape != total.shape:
+                        raise WrongClassCountError(
+                            f"teacher {teacher.fingerprint.name!r} gave logits of shape {tuple(logits.shape)}, the "
+                            f"members before it {tuple(total.shape)}; only logits over the same classes can be merged"
+                        )
+                    total = logits if total is None else total + logits
+                return cast("Tensor", total)
+
+            yield mean_logits
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in the module's order."""
+    hasher = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            hasher.update(f"{name}|{value!r}\n".encode())
+            continue
+        tensor = value.detach().cpu().contiguous()
+        hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
+    """Load weights into a module: safetensors, or a torch file with ``weights_only=True``.
+
+    Raises
+    ------
+    JobError
+        The file is missing or unreadable, or its weights do not fit the module.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # noqa: PLC0415 - torch checkpoints do without it
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+        module.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise JobError(
+            f"teacher {name!r}: there is no checkpoint {path}. Paths are relative to the job file; nothing was written"
+        ) from error
+    except Exception as error:
+        raise JobError(f"teacher {name!r}: checkpoint {path} cannot be loaded: {error}. Nothing was written") from error
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve `auto` to cuda where there is one, else cpu."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def _forward(module: nn.Module, device: torch.device, autocast: Autocast, inputs: Any) -> Tensor:
+    moved = _to_device(inputs, device)
+    dtype = None if autocast is None else getattr(torch, autocast)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        if isinstance(moved, Mapping):
+            output = module(**moved)
+        elif isinstance(moved, tuple | list):
+            output = module(*moved)
+        else:
+            output = module(moved)
+    return _logits_of(output)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_device(item, device) for item in value]
+    return value
+
+
+def _logits_of(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if not isinstance(output, Tensor):
+        raise WrongClassCountError(
+            f"a teacher gave a {type(output).__qualname__}; a tensor of logits, or an object or mapping with `logits`, "
+            "is needed"
+        )
+    return output

@@ -1,0 +1,141 @@
+"""`kdcache plan` and `kdcache build`."""
+
+from __future__ import annotations
+
+__all__ = ["build", "plan"]
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kdcache import jobs
+from kdcache.build import BuildProgress, Forecast, SourcedTeacher, build_cache, plan_cache, read_status
+from kdcache.cli.output import Json, console, print_json, progress_bar, readable_bytes, readable_seconds
+from kdcache.documents import DaskCluster, DaskLocal, ExecutorSpec
+from kdcache.errors import JobError
+from kdcache.jobs import LoadedJob
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A TOML job file.", show_default=False)]
+AddTeachers = Annotated[bool, typer.Option("--add-teachers", help="Add the job's new teachers to a standing cache.")]
+
+
+def plan(job: JobFile, json: Json = False, add_teachers: AddTeachers = False) -> None:
+    """Show what a build would write: rows, shards, and the pilot's forecast of size, fidelity and time."""
+    forecast = plan_cache(**_arguments(jobs.read_job(job)), add_teachers=add_teachers)
+    _print_forecast(forecast, json=json)
+
+
+def build(
+    job: JobFile,
+    json: Json = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="As `kdcache plan`: write nothing.")] = False,
+    add_teachers: AddTeachers = False,
+    workers: Annotated[int | None, typer.Option(help="Use a Dask LocalCluster of so many processes.")] = None,
+    dask: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Use the Dask cluster at this address.")] = None,
+) -> None:
+    """Build the job's cache, or go on with it after a stop."""
+    loaded = jobs.read_job(job)
+    if dry_run:
+        _print_forecast(plan_cache(**_arguments(loaded), add_teachers=add_teachers), json=json)
+        return
+    executor = _executor(loaded, workers=workers, dask=dask)
+    with progress_bar("rows") as show:
+
+        def on_progress(step: BuildProgress) -> None:
+            show(f"{step.stage} {step.teacher}", step.done_rows, step.total_rows)
+
+        cache = build_cache(
+            **_arguments(loaded), executor=executor, add_teachers=add_teachers, on_progress=on_progress
+        )
+    status = read_status(cache.address)
+    num_bytes = sum(teacher.num_bytes for teacher in status.teachers)
+    complete = cache.complete
+    if json:
+        print_json({
+            "address": cache.address, "num_bytes": num_bytes, "num_rows": cache.document.num_rows,
+            "teachers": list(cache.teacher_names), "data_digest": complete.data_digest if complete else None,
+        })  # fmt: skip
+        return
+    rows = cache.document.num_rows * cache.num_views * len(cache.teachers)
+    console.print(
+        f"[bold]{cache.address}[/bold] is complete: {cache.num_examples:,} examples, {len(cache.teachers)} stored "
+        f"teacher(s), {readable_bytes(num_bytes)} ({num_bytes / rows:.3g} bytes a row)"
+    )
+
+
+def _executor(loaded: LoadedJob, *, workers: int | None, dask: str | None) -> ExecutorSpec:
+    if workers is not None and dask is not None:
+        raise JobError("--workers and --dask name two executors; give one of them. Nothing was written")
+    if workers is not None:
+        return DaskLocal.make(num_workers=workers)
+    return DaskCluster.make(address=dask) if dask is not None else loaded.job.build.executor
+
+
+def _arguments(loaded: LoadedJob) -> dict[str, Any]:
+    job = loaded.job
+    if not job.teachers:
+        raise JobError(f"job {job.name!r} names no teachers, so there is nothing to build; add [[teachers]] to it")
+    return {
+        "address": loaded.cache_address,
+        "transfer_set": loaded.make(job.transfer_set),
+        "teachers": [
+            SourcedTeacher(source, loaded.folder, job.build.device, job.build.autocast) for source in job.teachers
+        ],
+        "codec": job.cache.codec,
+        "merge": job.cache.merge,
+        "shard_rows": job.cache.shard_rows,
+        "chunk_rows": job.cache.chunk_rows,
+        "num_pilot_rows": job.cache.num_pilot_rows,
+        "batch_size": job.build.batch_size,
+        "num_workers": job.build.num_workers,
+    }
+
+
+def _print_forecast(forecast: Forecast, *, json: bool) -> None:
+    cache = forecast.plan.cache
+    if json:
+        print_json(_forecast_as_json(forecast))
+        return
+    console.print(
+        f"[bold]{forecast.address}[/bold]: {cache.num_examples:,} examples, {cache.num_rows * cache.num_views:,} rows "
+        f"of {cache.num_classes:,} classes; {cache.num_shards:,} shards of {cache.shard_rows:,} rows a teacher"
+    )
+    table = Table("teacher", "pilot rows", "bytes a row", "KL at 1", "KL at 4", "largest KL", "rows/s")
+    for item in forecast.teachers:
+        mean = dict(zip(item.certificate.temperatures, item.certificate.mean_kl, strict=True))
+        table.add_row(
+            item.name,
+            f"{item.num_pilot_rows:,}",
+            f"{item.bytes_per_row:.3g}",
+            f"{mean[1.0]:.2g}",
+            f"{mean[4.0]:.2g}",
+            f"{max(item.certificate.max_kl):.2g}",
+            f"{1 / max(item.inference_seconds_per_row, item.encode_seconds_per_row, 1e-9):,.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"forecast: {readable_bytes(forecast.num_bytes)} and {readable_seconds(forecast.seconds)} in this process; "
+        "nothing was written"
+    )
+
+
+def _forecast_as_json(forecast: Forecast) -> dict[str, Any]:
+    return {
+        "address": forecast.address,
+        "plan": forecast.plan.to_mapping(),
+        "num_bytes": forecast.num_bytes,
+        "seconds": forecast.seconds,
+        "teachers": [
+            {
+                "name": item.name,
+                "num_pilot_rows": item.num_pilot_rows,
+                "bytes_per_row": item.bytes_per_row,
+                "inference_seconds_per_row": item.inference_seconds_per_row,
+                "encode_seconds_per_row": item.encode_seconds_per_row,
+                "certificate": item.certificate.to_mapping(),
+            }
+            for item in forecast.teachers
+        ],
+    }

@@ -1,0 +1,118 @@
+"""`kdcache status`, `kdcache verify` and `kdcache info`: they change nothing."""
+
+from __future__ import annotations
+
+__all__ = ["info", "status", "verify"]
+
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kdcache.build import read_status
+from kdcache.cache import open_cache
+from kdcache.cli.output import (
+    CORRUPT,
+    INCOMPLETE,
+    Json,
+    address_of,
+    console,
+    print_json,
+    progress_bar,
+    readable_bytes,
+)
+from kdcache.verify import verify_cache
+
+Target = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's address, or a job file.", show_default=False)]
+
+
+def status(cache: Target, json: Json = False) -> None:
+    """Show how far a build is. Exit code 3 while it is not complete."""
+    found = read_status(address_of(cache))
+    if json:
+        print_json({
+            "address": found.address,
+            "is_complete": found.is_complete,
+            "teachers": [dataclasses.asdict(teacher) for teacher in found.teachers],
+        })
+    else:
+        table = Table("teacher", "shards", "rows", "stored")
+        for item in found.teachers:
+            table.add_row(
+                item.name,
+                f"{item.done_shards:,} of {item.num_shards:,}",
+                f"{item.done_rows:,} of {item.num_rows:,}",
+                readable_bytes(item.num_bytes),
+            )
+        console.print(table)
+        console.print(
+            f"{found.address} is complete" if found.is_complete else f"{found.address} is not complete; run its build again"
+        )
+    if not found.is_complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def verify(cache: Target, json: Json = False) -> None:
+    """Hold every stored file against its digest. Exit code 4 where something is wrong, 3 where it is incomplete."""
+    with progress_bar("shards") as show:
+        report = verify_cache(address_of(cache), on_progress=lambda done, total: show("verifying", done, total))
+    if json:
+        print_json({
+            "address": report.address,
+            "is_complete": report.is_complete,
+            "is_sound": report.is_sound,
+            "num_shards": report.num_shards,
+            "num_bytes": report.num_bytes,
+            "findings": [dataclasses.asdict(finding) for finding in report.findings],
+        })
+    else:
+        for finding in report.findings:
+            console.print(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}", soft_wrap=True)
+        said = "nothing wrong" if report.is_sound else f"{len(report.findings)} finding(s)"
+        console.print(f"{report.address}: {report.num_shards:,} shards, {readable_bytes(report.num_bytes)}: {said}")
+    if not report.is_sound:
+        raise typer.Exit(CORRUPT)
+    if not report.is_complete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def info(
+    cache: Target,
+    json: Json = False,
+    temperature: Annotated[
+        list[float] | None, typer.Option("--temperature", "-t", help="Temperatures to certify; may be repeated.")
+    ] = None,
+) -> None:
+    """Show what a cache holds, and the stated error of its soft targets at several temperatures."""
+    opened = open_cache(address_of(cache))
+    certificates = [opened.certificate(value) for value in temperature or (1.0, 2.0, 4.0, 8.0, 20.0)]
+    complete = opened.complete
+    num_bytes = sum(teacher.num_bytes for teacher in complete.teachers) if complete else 0
+    if json:
+        print_json({
+            "address": opened.address,
+            "cache": opened.document.to_mapping(),
+            "complete": complete.to_mapping() if complete else None,
+            "teachers": {name: document.to_mapping() for name, document in opened.teachers.items()},
+            "certificates": [dataclasses.asdict(item) for item in certificates],
+        })
+        return
+    console.print(
+        f"[bold]{opened.address}[/bold]: {opened.num_examples:,} examples x {opened.num_views} view(s), "
+        f"{opened.num_classes:,} classes, {len(opened.teachers)} stored teacher(s), {readable_bytes(num_bytes)}"
+    )
+    for name, document in opened.teachers.items():
+        codec = ", ".join(f"{key} {value}" for key, value in document.codec.to_mapping().items() if key != "kind")
+        console.print(f"  {escape(name)}: {document.codec.kind} ({codec}), from {document.members[0].source}")
+    table = Table("temperature", "mean KL", "largest KL", "KL at most", "total variation at most", title="stated error")
+    for item in certificates:
+        table.add_row(
+            f"{item.temperature:g}",
+            "-" if item.mean_kl is None else f"{item.mean_kl:.2g}",
+            "-" if item.max_kl is None else f"{item.max_kl:.2g}",
+            f"{item.kl_bound:.2g}",
+            f"{item.total_variation_bound:.2g}",
+        )
+    console.print(table)

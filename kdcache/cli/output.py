@@ -1,0 +1,107 @@
+"""What the commands print: tables for people, JSON for machines, progress on stderr."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CORRUPT",
+    "INCOMPLETE",
+    "Json",
+    "address_of",
+    "console",
+    "exit_code_of",
+    "print_error",
+    "print_json",
+    "progress_bar",
+    "readable_bytes",
+    "readable_seconds",
+]
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kdcache import jobs
+from kdcache.errors import CorruptCacheError, DocumentError, ExecutorError, IncompleteCacheError, KdcacheError
+
+BAD_INPUT = 2
+INCOMPLETE = 3
+CORRUPT = 4
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+console = Console()
+_errors = Console(stderr=True)
+
+
+def exit_code_of(error: KdcacheError) -> int:
+    """Tell bad input, incomplete and corrupt apart."""
+    if isinstance(error, IncompleteCacheError | ExecutorError):
+        return INCOMPLETE
+    if isinstance(error, CorruptCacheError) or (isinstance(error, DocumentError) and error.document != "job"):
+        return CORRUPT
+    return BAD_INPUT
+
+
+def print_error(error: KdcacheError, *, as_json: bool) -> None:
+    """Print an error on stderr."""
+    if as_json:
+        body = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}
+        sys.stderr.write(json.dumps(body) + "\n")
+    else:
+        _errors.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def address_of(target: str) -> str:
+    """Give a cache's address: the argument itself, or the address in a job file."""
+    return jobs.read_job(target).cache_address if target.endswith(".toml") else target
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[str, float, float], None]]:
+    """Show a bar with rate and time left on stderr; gives a function (text, done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_errors, transient=not _errors.is_terminal) as progress:
+        task = progress.add_task("starting", total=1, rate="")
+
+        def update(text: str, done: float, total: float) -> None:
+            speed = progress.tasks[0].speed
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            progress.update(task, description=text, completed=done, total=total, rate=rate)
+
+        yield update
+
+
+def readable_bytes(count: float) -> str:
+    """Write a size for people, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Write a time for people."""
+    if seconds < 120:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

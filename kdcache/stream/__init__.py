@@ -1,0 +1,12 @@
+"""Streaming: soft targets and inputs into the training of students.
+
+An *order* is a permutation of the examples, a pure function of (seed, epoch). A *loader* gives batches in that order,
+joined by example_id, never by position.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SoftTargetLoader", "epoch_order"]
+
+from kdcache.stream.loader import SoftTargetLoader
+from kdcache.stream.order import epoch_order

@@ -1,0 +1,224 @@
+"""SoftTargetLoader: batches of (inputs, labels, soft targets), joined by example_id."""
+
+from __future__ import annotations
+
+__all__ = ["SoftTargetLoader"]
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import SoftTargetCache
+from kdcache.errors import InputMismatchError, ShapeError, TransferSetError, UnknownExampleError
+from kdcache.soft_targets import SoftTargets
+from kdcache.stream.order import epoch_order
+from kdcache.transfer_set import TransferSet
+
+RESIDENT_BYTES = 2**31
+"""Coded rows up to this size are held in memory."""
+LOOK_AHEAD = 2
+"""Batches made ahead of use."""
+
+Batch = tuple[Any, Tensor | None, SoftTargets]
+
+
+class SoftTargetLoader:
+    """Streams (inputs, labels, soft targets) batches in a deterministic global shuffle.
+
+    Each epoch's order is a pure function of (seed, epoch). Inputs and soft targets are joined by example_id; the first
+    batch of every epoch is held against the input digests that the cache keeps, so that training on changed or
+    reordered inputs is an error and never silent.
+
+    Parameters
+    ----------
+    cache : SoftTargetCache
+    inputs : TransferSet or map-style dataset
+        The students' inputs. A plain dataset's ids are its positions; wrap it in a TransferSet to name them.
+    batch_size : int
+    seed : int
+        Of the shuffle.
+    shuffle : bool
+        Else in the transfer set's order.
+    example_ids : sequence of int or str, optional
+        Train on these examples alone; all of `inputs` where absent.
+    drop_last : bool
+        Leave out a last batch that is smaller.
+    view_index : int
+        The view of inputs and soft targets.
+    teachers : sequence of str, optional
+        Read only these teachers.
+    max_resident_bytes : int
+        A cache whose coded rows take no more is held in memory; a larger one is read chunk by chunk.
+
+    Raises
+    ------
+    UnknownExampleError
+        An example of `inputs` is not in the cache.
+    InputMismatchError
+        While iterating: an input is not the one that the teachers saw.
+
+    Examples
+    --------
+    >>> import tempfile, torch, kdcache
+    >>> examples = kdcache.TransferSet.from_arrays(torch.randn(10, 4), labels=[0, 1] * 5)
+    >>> cache = kdcache.build_cache(tempfile.mkdtemp() + "/cache", examples, {"a": torch.nn.Linear(4, 2)})
+    >>> loader = kdcache.SoftTargetLoader(cache, examples, batch_size=4, seed=0)
+    >>> [len(soft_targets) for inputs, labels, soft_targets in loader]
+    [4, 4, 2]
+    """
+
+    def __init__(
+        self,
+        cache: SoftTargetCache,
+        inputs: TransferSet | Any,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        example_ids: Sequence[int] | Sequence[str] | np.ndarray | None = None,
+        drop_last: bool = False,
+        view_index: int = 0,
+        teachers: Sequence[str] | None = None,
+        max_resident_bytes: int = RESIDENT_BYTES,
+    ) -> None:
+        if batch_size < 1:
+            raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
+        self.cache = cache
+        self.inputs = inputs if isinstance(inputs, TransferSet) else TransferSet(inputs)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.view_index = view_index
+        self._teachers = teachers
+        self._indices = (
+            np.arange(len(self.inputs)) if example_ids is None else self.inputs.indices_of(np.asarray(example_ids))
+        )
+        if len(self._indices) == 0:
+            raise TransferSetError("there are no examples to train on: example_ids is empty")
+        self._first_row, self._num_rows = self._join()
+        self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
+        self._epoch = 0
+        self._next_batch = 0
+        if cache.coded_bytes(teachers=teachers) <= max_resident_bytes and cache.complete is not None:
+            cache.hold_in_memory(teachers=teachers)
+
+    def __len__(self) -> int:
+        """Count the batches of an epoch."""
+        full, rest = divmod(len(self._indices), self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives, from its first batch."""
+        self._epoch = epoch
+        self._next_batch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the position: the epoch and the next batch that iteration will give."""
+        return {"seed": self.seed, "epoch": self._epoch, "next_batch": self._next_batch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state_dict` was taken; the next iteration gives the rest of that epoch.
+
+        Raises
+        ------
+        TransferSetError
+            The state is of a loader with another seed.
+        """
+        if state["seed"] != self.seed:
+            raise TransferSetError(
+                f"the state is of a loader with seed {state['seed']}, this one has seed {self.seed}; its order is "
+                "another. Make the loader with the same seed"
+            )
+        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the (rest of the) current epoch, then move to the next epoch."""
+        batches = self._batches(self._epoch)
+        start = self._next_batch
+        self._check_inputs(batches[0])
+        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
+            waiting: deque[Future[Batch]] = deque()
+            try:
+                for indices in batches[start:]:
+                    waiting.append(pool.submit(self._make, indices))
+                    if len(waiting) > LOOK_AHEAD:
+                        yield self._taken(waiting)
+                while waiting:
+                    yield self._taken(waiting)
+            finally:
+                for future in waiting:
+                    future.cancel()
+        self._epoch, self._next_batch = self._epoch + 1, 0
+
+    def _taken(self, waiting: deque[Future[Batch]]) -> Batch:
+        batch = waiting.popleft().result()
+        self._next_batch += 1
+        return batch
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        count = len(self._indices)
+        order = epoch_order(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+        return [
+            self._indices[order[start : start + self.batch_size]]
+            for start in range(0, len(self) * self.batch_size, self.batch_size)
+        ]
+
+    def _make(self, indices: np.ndarray) -> Batch:
+        inputs = self.inputs.read_inputs(indices, view_index=self.view_index)
+        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
+        return inputs, labels, self.cache.read_rows(self._rows(indices), teachers=self._teachers)
+
+    def _rows(self, indices: np.ndarray) -> np.ndarray:
+        if self._num_rows is None:
+            return self._first_row[indices]
+        return np.concatenate(
+            [np.arange(self._first_row[index], self._first_row[index] + self._num_rows[index]) for index in indices]
+        )
+
+    def _join(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Find every example's rows by its id, once: first row int64 [example] and, for sequences, their number."""
+        first_row = np.full(len(self.inputs), -1, np.int64)
+        try:
+            rows = self.cache.rows_of(self.inputs.example_ids[self._indices], view_index=self.view_index)
+        except UnknownExampleError as error:
+            raise UnknownExampleError(
+                f"{error} The inputs have {len(self.inputs)} examples, the cache {self.cache.num_examples}; their ids "
+                "must be those the cache was built with: TransferSet(dataset, example_ids=...)"
+            ) from error
+        if len(rows) == len(self._indices):
+            first_row[self._indices] = rows
+            return first_row, None
+        counts = self.inputs.num_rows
+        expected = int(counts[self._indices].sum())
+        if expected != len(rows):
+            raise ShapeError(
+                f"the inputs say {expected} rows for these examples, the cache has {len(rows)}; give "
+                "TransferSet(num_rows=...) as when the cache was built"
+            )
+        first_row[self._indices] = rows[np.cumsum(counts[self._indices]) - counts[self._indices]]
+        return first_row, counts
+
+    def _check_inputs(self, indices: np.ndarray) -> None:
+        digests = self.cache.input_digests
+        if digests is None:
+            return
+        blocks = self.cache.document.padded_rows
+        examples = self._example_of_row(self._first_row[indices] % blocks)
+        for index, example in zip(indices.tolist(), examples.tolist(), strict=True):
+            if self.inputs.digest_of(index) != digests[example].tobytes():
+                raise InputMismatchError(
+                    f"example {self.inputs.example_ids[index]!r} (position {index} of the inputs) is not the input "
+                    f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "
+                    "be wrong. Give the dataset the cache was built from, before any augmentation, under the same ids"
+                )
+
+    def _example_of_row(self, first_rows: np.ndarray) -> np.ndarray:
+        if self.cache.document.num_rows == self.cache.document.num_examples:
+            return first_rows
+        return np.searchsorted(self.cache.first_rows, first_rows)

@@ -1,0 +1,52 @@
+"""Real data and teachers that come with a package: handwritten digits, and small networks trained on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from kdcache import TransferSet
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_torch_thread():
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Digits:
+    inputs: torch.Tensor
+    labels: np.ndarray
+
+    @property
+    def transfer_set(self) -> TransferSet:
+        return TransferSet.from_arrays(self.inputs, labels=self.labels)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    bunch = load_digits()
+    return Digits(torch.tensor(bunch.data / 16, dtype=torch.float32), bunch.target.astype(np.int64))
+
+
+def train_teacher(digits: Digits, seed: int, *, epochs: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    labels = torch.from_numpy(digits.labels)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(digits.inputs[rows]), labels[rows]).backward()
+            optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def digit_teachers(digits) -> dict[str, nn.Module]:
+    return {f"seed-{seed}": train_teacher(digits, seed) for seed in range(3)}

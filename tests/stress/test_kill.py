@@ -1,0 +1,81 @@
+"""A build that is killed at any moment is finished by the same command, with the data of an undisturbed build."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdcache import open_cache, verify_cache
+from kdcache.errors import IncompleteCacheError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def write_job(folder: Path, cache: str, *, flag: Path | None = None, seconds: float = 0.02) -> Path:
+    killer = f'factory = "slow_job:killer"\narguments = {{ seed = 1, flag = "{flag}", at = 5, seconds = {seconds} }}'
+    plain = f'factory = "slow_job:teacher"\narguments = {{ seed = 1, seconds = {seconds} }}'
+    job = folder / f"{cache}.toml"
+    (folder / "slow_job.py").write_text((FIXTURES / "slow_job.py").read_text())
+    job.write_text(
+        f'name = "kill"\n[cache]\naddress = "{cache}"\nshard_rows = 128\n'
+        '[transfer_set]\nfactory = "slow_job:transfer_set"\n[build]\nbatch_size = 96\n'
+        f'[[teachers]]\nname = "a"\nfactory = "slow_job:teacher"\narguments = {{ seed = 0, seconds = {seconds} }}\n'
+        f'[[teachers]]\nname = "b"\n{killer if flag else plain}\n'
+    )
+    return job
+
+
+def build(job: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdcache", "build", str(job), "--json", *options],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return json.loads(output)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return finish(build(write_job(folder, "cache", seconds=0.0)))["data_digest"]
+
+
+def wait_for_records(cache: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(cache.glob("commits/*/*.json"))) < count:
+        assert process.poll() is None, "the build ended before it could be killed"
+        assert time.monotonic() < deadline, "no shard was published"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("num_records", [1, 20, 45])
+def test_a_killed_build_is_finished_by_the_same_command_with_equal_data(tmp_path, undisturbed, num_records):
+    job = write_job(tmp_path, "cache")
+    process = build(job)
+    wait_for_records(tmp_path / "cache", num_records, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(IncompleteCacheError):
+        open_cache(tmp_path / "cache")
+    assert finish(build(job))["data_digest"] == undisturbed
+    assert verify_cache(tmp_path / "cache").is_sound
+
+
+def test_a_local_cluster_outlives_a_killed_worker_with_equal_data(tmp_path, undisturbed):
+    flag = tmp_path / "killed"
+    result = finish(build(write_job(tmp_path, "cache", flag=flag), "--workers", "2"))
+    assert flag.exists()
+    assert result["data_digest"] == undisturbed
+    assert verify_cache(tmp_path / "cache").is_sound
