@@ -1,0 +1,67 @@
+"""Codecs: logits to stored numbers and back, and the measure of what was lost on the way.
+
+A *codec* is a pure pair of functions over tensors, made from a spec by `codec_for`. *Codes* are what a cache stores:
+one integer or float for each column of a row. *Parameters* are the small arrays that a codec fits to the pilot and
+that are stored once beside the codes. A `Decoder` is a codec together with its parameters: all that is needed to turn
+codes into logits. Nothing here reads or writes a file.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "LADDER",
+    "Codec",
+    "CodesCodec",
+    "Decoder",
+    "LosslessCodec",
+    "codec_for",
+    "error_range",
+    "kl_bound",
+    "measure",
+    "parameters_to",
+    "total_variation_bound",
+]
+
+from kdcache.codecs.base import Codec, Decoder, parameters_to
+from kdcache.codecs.certificate import LADDER, error_range, kl_bound, measure, total_variation_bound
+from kdcache.codecs.codes import CodesCodec
+from kdcache.codecs.lossless import LosslessCodec
+from kdcache.documents.codec_specs import CodecSpec, Lossless
+
+
+def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
+    """Make the codec that a spec describes.
+
+    Parameters
+    ----------
+    spec : Lossless or Codes
+        The kind of codec and its options.
+    num_classes : int
+        Classes of the teacher, at least 1.
+
+    Returns
+    -------
+    Codec
+        Frozen, without parameters: `fit` makes them from a pilot, or a cache stores them.
+
+    Raises
+    ------
+    CodecError
+        `num_classes` is below 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kdcache.documents.codec_specs import Codes
+    >>> codec = codec_for(Codes(), num_classes=3)
+    >>> logits = torch.tensor([[5.0, 3.0, 1.0], [0.0, 2.5, -1.5]])
+    >>> decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    >>> codes = codec.encode(logits, decoder.parameters)
+    >>> codes.dtype, codes.shape
+    (torch.uint8, torch.Size([2, 4]))
+    >>> bool(((decoder.decode(codes) - (logits - logits.amax(1, keepdim=True))).abs() < 0.02).all())
+    True
+    """
+    if isinstance(spec, Lossless):
+        return LosslessCodec(spec, num_classes)
+    return CodesCodec(spec, num_classes)

@@ -1,0 +1,225 @@
+"""What every codec offers, and the decoder that a reader carries."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "TORCH_DTYPES",
+    "Codec",
+    "Decoder",
+    "StorageDtype",
+    "check_codes",
+    "check_logits",
+    "check_num_classes",
+    "parameters_to",
+    "row_blocks",
+]
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from kdcache.documents.codec_specs import CodecSpec
+from kdcache.errors import CodecError, ShapeError, WrongClassCountError
+
+StorageDtype = Literal["uint8", "uint16", "float16", "float32"]
+"""Types of the stored codes: those every Zarr reader knows."""
+
+TORCH_DTYPES: Mapping[StorageDtype, torch.dtype] = {
+    "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""The torch type of each stored type."""
+
+BLOCK_ELEMENTS = 2**18
+"""Elements worked on at a time: few enough for the temporaries to stay within a processor's cache."""
+
+
+class Codec(Protocol):
+    """Logits to codes and back; a frozen object without state and without I/O.
+
+    Every method works on the device of the tensors it is given, and keeps its memory bounded by working on blocks of
+    rows where it needs more than its result.
+    """
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The document this codec was made from."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a row of logits."""
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a row of codes."""
+
+    @property
+    def storage_dtype(self) -> StorageDtype:
+        """Type of the codes."""
+
+    @property
+    def fill(self) -> float:
+        """Reserved code of a hole: never written for a row that exists (int for integer codes)."""
+
+    def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[np.float32]]:
+        """Fit the parameters to the pilot's logits; deterministic, and the pilot may lie on any device.
+
+        Raises
+        ------
+        CodecError
+            The pilot is empty or cannot be coded at all.
+        NonFiniteLogitsError
+            The pilot holds NaN or an infinity.
+        ShapeError, WrongClassCountError
+            The pilot is no [row, class] array of this codec's classes.
+        """
+
+    def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Refuse parameters that are not of this codec.
+
+        Raises
+        ------
+        CodecError
+            A parameter is missing, surplus, or has another shape, dtype or value than this codec writes.
+        """
+
+    def encode(
+        self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
+    ) -> Shaped[Tensor, "row column"]:
+        """Encode logits, on their device, into codes of type `storage_dtype`.
+
+        Raises
+        ------
+        CodecError
+            The logits cannot be held within what the codec promises.
+        NonFiniteLogitsError
+            A logit is NaN or infinite; the message names the row.
+        ShapeError, WrongClassCountError
+            The logits are no [row, class] array of this codec's classes.
+        """
+
+    def decode(
+        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+    ) -> Float[Tensor, "row class"]:
+        """Decode codes, on their device, into float32 logits that may be shifted by a number of their row's own.
+
+        Raises
+        ------
+        CodecError
+            The codes have another dtype than `storage_dtype`.
+        ShapeError
+            The codes have another number of columns.
+        """
+
+    def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
+        """Tell for each row whether it holds the reserved fill code in any column."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A codec and its parameters: all that turns codes into logits.
+
+    Parameters
+    ----------
+    codec : Codec
+        The codec that made the codes.
+    parameters : Mapping[str, Tensor]
+        Its parameters, on one device; see `parameters_to`.
+
+    Raises
+    ------
+    CodecError
+        The parameters are not of this codec.
+    """
+
+    codec: Codec
+    parameters: Mapping[str, Tensor]
+    _moved: dict[torch.device, Decoder] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.codec.check_parameters(self.parameters)
+
+    def __reduce__(self) -> tuple[type[Decoder], tuple[Codec, dict[str, Tensor]]]:
+        return type(self), (self.codec, dict(self.parameters))
+
+    def decode(self, codes: Shaped[Tensor, "row column"]) -> Float[Tensor, "row class"]:
+        """Decode codes into float32 logits; see `Codec.decode`."""
+        return self.codec.decode(codes, self.parameters)
+
+    def to(self, device: torch.device | str) -> Decoder:
+        """Give this decoder with its parameters on `device`.
+
+        The copy is made once for each device and kept, so that moving every batch costs nothing.
+        """
+        target = torch.device(device)
+        if all(value.device == target for value in self.parameters.values()):
+            return self
+        if target not in self._moved:
+            self._moved[target] = Decoder(self.codec, parameters_to(self.parameters, target))
+        return self._moved[target]
+
+
+def parameters_to(
+    parameters: Mapping[str, Tensor] | Mapping[str, npt.NDArray[np.float32]], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Put a codec's parameters, arrays or tensors, onto a device.
+
+    Parameters
+    ----------
+    parameters : mapping of str to numpy.ndarray or Tensor
+        As `Codec.fit` gives them or a cache stores them. Arrays are copied.
+    device : torch.device or str
+        Where the logits or codes lie.
+    """
+    tensors = {
+        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        for name, value in parameters.items()
+    }
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+def row_blocks(num_rows: int, num_columns: int, *, max_elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Cut rows into consecutive blocks of at most `max_elements` elements, one row at least."""
+    step = max(1, max_elements // max(1, num_columns))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Refuse a class count below 1 with a `CodecError`."""
+    if num_classes < 1:
+        raise CodecError(f"A codec needs at least 1 class, got num_classes={num_classes}.")
+
+
+def check_logits(logits: Tensor, num_classes: int) -> None:
+    """Refuse anything but floating-point [row, class] logits of `num_classes` classes."""
+    if logits.ndim != 2:
+        raise ShapeError(
+            f"Logits must have the axes [row, class], got shape {tuple(logits.shape)}. "
+            "Flatten views and positions into rows first."
+        )
+    if not logits.is_floating_point():
+        raise CodecError(f"Logits must be floating-point numbers, got {logits.dtype}.")
+    if logits.shape[1] != num_classes:
+        raise WrongClassCountError(f"The codec is made for {num_classes} classes, the logits have {logits.shape[1]}.")
+
+
+def check_codes(codes: Tensor, codec: Codec) -> None:
+    """Refuse codes that have another shape or dtype than the codec writes."""
+    if codes.ndim != 2 or codes.shape[1] != codec.num_columns:
+        raise ShapeError(
+            f"Codes of this codec have the shape [row, {codec.num_columns}], got {tuple(codes.shape)}. "
+            "They belong to another teacher or another codec."
+        )
+    expected = TORCH_DTYPES[codec.storage_dtype]
+    if codes.dtype != expected:
+        raise CodecError(f"Codes of this codec are stored as {expected}, got {codes.dtype}.")

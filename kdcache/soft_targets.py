@@ -1,0 +1,463 @@
+"""Soft targets: probabilities at a temperature, over one teacher or the mean of an ensemble.
+
+Three means hide in "any temperature of an ensemble" (Hinton, Vinyals and Dean 2015, section 5.1, offers the first two),
+and each has its name here:
+
+- ``"geometric"``: softmax(sum_e w_e z_e / temperature), the normalised geometric mean of the members' soft targets.
+- ``"arithmetic"``: sum_e w_e softmax(z_e / temperature), the arithmetic mean at the temperature asked for.
+- ``"tempered-arithmetic"``: softmax(log(sum_e w_e softmax(z_e)) / temperature), the arithmetic mean at temperature 1,
+  softened afterwards.
+
+With one teacher the three are the same.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MEANS", "Mean", "SoftTargets", "log_mean_probabilities", "mean_logits", "soften"]
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from kdcache.codecs.base import Decoder, check_codes
+from kdcache.errors import JobError, MergedCacheError, ShapeError, TemperatureError, UnknownTeacherError
+
+Mean = Literal["geometric", "arithmetic", "tempered-arithmetic"]
+"""Name of a mean over teachers."""
+
+MEANS: tuple[Mean, ...] = get_args(Mean)
+"""All names of means."""
+
+
+def soften(logits: Float[Tensor, "*batch class"], temperature: float | Tensor) -> Float[Tensor, "*batch class"]:
+    """Turn logits into soft targets: softmax(logits / temperature) over the last axis.
+
+    Equation 1 of Hinton, Vinyals and Dean (2015).
+
+    Parameters
+    ----------
+    logits : Tensor [..., class]
+        Of any floating-point type.
+    temperature : float or 0-dim Tensor
+        Finite, above 0.
+
+    Returns
+    -------
+    Tensor [..., class]
+        Probabilities; float64 for float64 logits, else float32.
+
+    Raises
+    ------
+    TemperatureError
+        The temperature is not a finite number above 0.
+
+    Examples
+    --------
+    >>> soften(torch.tensor([2.0, 0.0]), temperature=2.0)
+    tensor([0.7311, 0.2689])
+    """
+    return torch.softmax(at_least_float32(logits) / checked_temperature(temperature), dim=-1)
+
+
+def mean_logits(
+    logits: Float[Tensor, "row teacher class"], *, weights: Sequence[float] | Tensor | None = None
+) -> Float[Tensor, "row class"]:
+    """Average logits over teachers: sum_e w_e z_e, whose softmax is the geometric mean of the teachers' own.
+
+    Parameters
+    ----------
+    logits : Tensor [row, teacher, class]
+        Of any floating-point type.
+    weights : sequence of float or Tensor [teacher], optional
+        At least 0 and not all 0; divided by their sum. Equal where absent.
+
+    Returns
+    -------
+    Tensor [row, class]
+        float64 for float64 logits, else float32.
+
+    Raises
+    ------
+    JobError
+        A weight is negative or not finite, or all are 0.
+    ShapeError
+        The logits have other axes, or there is another number of weights than teachers.
+    """
+    logits = _checked_members(logits)
+    if logits.shape[1] == 1:
+        _normalised_weights(weights, logits)
+        return logits[:, 0]
+    return torch.einsum("rtc,t->rc", logits, _normalised_weights(weights, logits))
+
+
+def log_mean_probabilities(
+    logits: Float[Tensor, "row teacher class"],
+    *,
+    temperature: float | Tensor,
+    mean: Mean = "geometric",
+    weights: Sequence[float] | Tensor | None = None,
+) -> Float[Tensor, "row class"]:
+    """Give the logarithm of an ensemble's soft targets; the module's docstring defines the three means.
+
+    Computed from log-softmax throughout: no probability is rounded to 0 before its logarithm is taken.
+
+    Parameters
+    ----------
+    logits : Tensor [row, teacher, class]
+        Of any floating-point type.
+    temperature : float or 0-dim Tensor
+        Finite, above 0.
+    mean : {"geometric", "arithmetic", "tempered-arithmetic"}, default "geometric"
+        The only one that needs no more than the mean of the logits is the default.
+    weights : sequence of float or Tensor [teacher], optional
+        At least 0 and not all 0; divided by their sum. Equal where absent.
+
+    Returns
+    -------
+    Tensor [row, class]
+        Natural logarithms of probabilities; float64 for float64 logits, else float32.
+
+    Raises
+    ------
+    JobError
+        `mean` is no known mean; a weight is negative or not finite, or all are 0.
+    ShapeError
+        The logits have other axes, or there is another number of weights than teachers.
+    TemperatureError
+        The temperature is not a finite number above 0.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
+    >>> log_mean_probabilities(logits, temperature=1.0, mean="arithmetic").exp()
+    tensor([[0.6904, 0.3096]])
+    """
+    check_choice("mean", mean, MEANS)
+    divisor = checked_temperature(temperature)
+    if mean == "geometric" or logits.shape[1:2] == (1,):
+        return torch.log_softmax(mean_logits(logits, weights=weights) / divisor, dim=-1)
+    members = _checked_members(logits)
+    log_weights = _normalised_weights(weights, members).log()[:, None]
+    if mean == "arithmetic":
+        return torch.logsumexp(torch.log_softmax(members / divisor, dim=-1) + log_weights, dim=1)
+    mixture = torch.logsumexp(torch.log_softmax(members, dim=-1) + log_weights, dim=1)
+    return torch.log_softmax(mixture / divisor, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """A batch of soft targets, still coded: decoded when asked for, at any temperature.
+
+    Parameters
+    ----------
+    codes : tuple of Tensor [row, column]
+        The stored codes of each teacher, or of the one merged array.
+    decoders : tuple of Decoder
+        One for each of `codes`, all of the same number of classes.
+    teacher_names : tuple of str
+        In the ensemble's order: one for each of `codes`, or all members of a merged cache.
+    merge : {None, "geometric"}, default None
+        "geometric" where the cache keeps only the members' mean logits.
+    available : Tensor [row] of bool, optional
+        False in rows that the cache does not hold yet, which read as NaN. All rows are available where absent.
+    num_rows : Tensor [example] of int64, optional
+        Rows of each example, in order, where an example has several (positions of a sequence).
+
+    Raises
+    ------
+    CodecError
+        Codes have another dtype than their decoder reads.
+    ShapeError
+        The counts of codes, decoders, names, rows or classes contradict one another.
+
+    Examples
+    --------
+    >>> from kdcache.codecs import codec_for
+    >>> from kdcache.documents.codec_specs import Lossless
+    >>> decoder = Decoder(codec_for(Lossless(), num_classes=2), {})
+    >>> soft_targets = SoftTargets((torch.tensor([[2.0, 0.0], [0.0, 0.0]]),), (decoder,), ("a",))
+    >>> len(soft_targets), soft_targets[:1].probabilities(temperature=2.0)
+    (2, tensor([[0.7311, 0.2689]]))
+    """
+
+    codes: tuple[Shaped[Tensor, "row column"], ...]
+    decoders: tuple[Decoder, ...]
+    teacher_names: tuple[str, ...]
+    merge: Literal["geometric"] | None = None
+    available: Bool[Tensor, " row"] | None = None
+    num_rows: Int[Tensor, " example"] | None = None
+
+    def __post_init__(self) -> None:
+        num_names = 1 if self.merge else len(self.teacher_names)
+        if not self.codes or not len(self.codes) == len(self.decoders) == num_names:
+            raise ShapeError(
+                f"Each stored array needs a decoder and a teacher: got {len(self.codes)} arrays of codes, "
+                f"{len(self.decoders)} decoders and the teachers {self.teacher_names} with merge={self.merge!r}."
+            )
+        for codes, decoder in zip(self.codes, self.decoders, strict=True):
+            check_codes(codes, decoder.codec)
+        rows = [codes.shape[0] for codes in self.codes]
+        classes = [decoder.codec.num_classes for decoder in self.decoders]
+        if len(set(rows)) > 1 or len(set(classes)) > 1:
+            raise ShapeError(f"Teachers {self.teacher_names} differ: they have {rows} rows and {classes} classes.")
+        if self.available is not None and self.available.shape != (rows[0],):
+            raise ShapeError(f"`available` has the shape {tuple(self.available.shape)} for {rows[0]} rows.")
+
+    def __len__(self) -> int:
+        return self.codes[0].shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> SoftTargets:
+        return self.rows(index)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a row."""
+        return self.decoders[0].codec.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie."""
+        return self.codes[0].device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargets:
+        """Move codes and decoders to a device; nothing is decoded.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            The destination.
+        non_blocking : bool, default False
+            Let the copy of pinned memory overlap with computation.
+        """
+        return SoftTargets(
+            tuple(codes.to(device, non_blocking=non_blocking) for codes in self.codes),
+            tuple(decoder.to(device) for decoder in self.decoders),
+            self.teacher_names,
+            self.merge,
+            None if self.available is None else self.available.to(device, non_blocking=non_blocking),
+            self.num_rows,
+        )
+
+    def pin_memory(self) -> SoftTargets:
+        """Copy the codes into page-locked memory, from which `to` can copy without blocking."""
+        return SoftTargets(
+            tuple(codes.pin_memory() for codes in self.codes),
+            self.decoders,
+            self.teacher_names,
+            self.merge,
+            None if self.available is None else self.available.pin_memory(),
+            self.num_rows,
+        )
+
+    def rows(self, index: slice | Shaped[Tensor, " index"]) -> SoftTargets:
+        """Select rows by a slice, by row indices, or by a mask of bool; still coded.
+
+        The selection forgets `num_rows`, because it may cut through an example.
+
+        Parameters
+        ----------
+        index : slice or Tensor [index] of int64 or bool
+            On the codes' device.
+        """
+        return SoftTargets(
+            tuple(_select(codes, index) for codes in self.codes),
+            self.decoders,
+            self.teacher_names,
+            self.merge,
+            None if self.available is None else _select(self.available, index),
+        )
+
+    def logits(self) -> Float[Tensor, "row teacher class"]:
+        """Decode the logits.
+
+        Returns
+        -------
+        Tensor [row, teacher, class]
+            float32; each row of each teacher is shifted by a number of its own, which softmax does not see. A merged
+            cache has one teacher: the mean. Rows that are not available are NaN.
+        """
+        return self._decode(tuple(range(len(self.codes))))
+
+    def probabilities(
+        self,
+        temperature: float | Tensor,
+        *,
+        mean: Mean = "geometric",
+        weights: Sequence[float] | Mapping[str, float] | None = None,
+        teachers: Sequence[str] | None = None,
+    ) -> Float[Tensor, "row class"]:
+        """Give the soft targets at a temperature; the parameters are those of `log_probabilities`.
+
+        Returns
+        -------
+        Tensor [row, class]
+            float32; each row sums to 1. Rows that are not available are NaN.
+        """
+        return self.log_probabilities(temperature, mean=mean, weights=weights, teachers=teachers).exp()
+
+    def log_probabilities(
+        self,
+        temperature: float | Tensor,
+        *,
+        mean: Mean = "geometric",
+        weights: Sequence[float] | Mapping[str, float] | None = None,
+        teachers: Sequence[str] | None = None,
+    ) -> Float[Tensor, "row class"]:
+        """Give the natural logarithm of the soft targets at a temperature.
+
+        Decodes once. The module's docstring defines the means.
+
+        Parameters
+        ----------
+        temperature : float or 0-dim Tensor
+            Finite, above 0.
+        mean : {"geometric", "arithmetic", "tempered-arithmetic"}, default "geometric"
+            How the teachers are averaged.
+        weights : sequence of float, or mapping of teacher's name to float, optional
+            A sequence follows the selected teachers; a mapping names each of them. Divided by their sum; equal where
+            absent.
+        teachers : sequence of str, optional
+            Names of the teachers to use. All where absent.
+
+        Returns
+        -------
+        Tensor [row, class]
+            float32. Rows that are not available are NaN.
+
+        Raises
+        ------
+        JobError
+            `mean` is no known mean; a weight is negative or not finite, or all are 0; a teacher is named twice.
+        MergedCacheError
+            The cache keeps only the geometric mean, and another mean, weights or teachers were asked for.
+        ShapeError
+            There is another number of weights than selected teachers.
+        TemperatureError
+            The temperature is not a finite number above 0.
+        UnknownTeacherError
+            A name in `teachers` or `weights` is not of this ensemble, or `weights` lacks a selected teacher.
+        """
+        indices, ordered_weights = self._selection(mean, weights, teachers)
+        return log_mean_probabilities(
+            self._decode(indices), temperature=temperature, mean=mean, weights=ordered_weights
+        )
+
+    def mean_logits(
+        self,
+        *,
+        weights: Sequence[float] | Mapping[str, float] | None = None,
+        teachers: Sequence[str] | None = None,
+    ) -> Float[Tensor, "row class"]:
+        """Give the mean of the teachers' logits, up to a shift of each row; parameters as in `log_probabilities`."""
+        indices, ordered_weights = self._selection("geometric", weights, teachers)
+        return mean_logits(self._decode(indices), weights=ordered_weights)
+
+    def _decode(self, indices: tuple[int, ...]) -> Tensor:
+        decoded = [self.decoders[index].decode(self.codes[index]) for index in indices]
+        logits = decoded[0][:, None] if len(decoded) == 1 else torch.stack(decoded, dim=1)
+        if self.available is None:
+            return logits
+        return logits.masked_fill(self.available.logical_not()[:, None, None], float("nan"))
+
+    def _selection(
+        self,
+        mean: Mean,
+        weights: Sequence[float] | Mapping[str, float] | None,
+        teachers: Sequence[str] | None,
+    ) -> tuple[tuple[int, ...], Sequence[float] | None]:
+        check_choice("mean", mean, MEANS)
+        if self.merge:
+            self._check_merged(mean, weights, teachers)
+            return (0,), None
+        names = self.teacher_names if teachers is None else _checked_names(teachers, self.teacher_names)
+        indices = tuple(self.teacher_names.index(name) for name in names)
+        if not isinstance(weights, Mapping):
+            return indices, weights
+        return indices, _weights_by_name(weights, names, self.teacher_names)
+
+    def _check_merged(self, mean: Mean, weights: object, teachers: object) -> None:
+        asked = {"weights": weights, "teachers": teachers}
+        refused = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
+        if mean != "geometric":
+            refused.insert(0, f"mean={mean!r}")
+        if refused:
+            raise MergedCacheError(
+                f"This cache keeps only the geometric mean of {', '.join(self.teacher_names)}; it cannot give "
+                f"{' or '.join(refused)}. Leave that out, or build the cache without `merge` to keep the members apart."
+            )
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Give float64 tensors as they are and all others as float32."""
+    return values if values.dtype == torch.float64 else values.to(torch.float32)
+
+
+def checked_temperature(temperature: float | Tensor) -> float:
+    """Give the temperature as a float, or raise a `TemperatureError` unless it is finite and above 0."""
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        raise TemperatureError(f"One temperature at a time: got a tensor of shape {tuple(temperature.shape)}.")
+    try:
+        value = math.nan if isinstance(temperature, bool) else float(temperature)
+    except (TypeError, ValueError) as error:
+        raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.") from error
+    if not (math.isfinite(value) and value > 0):
+        raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.")
+    return value
+
+
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices with a `JobError`."""
+    if value not in choices:
+        raise JobError(f"{option} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def _checked_members(logits: Tensor) -> Tensor:
+    if logits.ndim != 3:
+        raise ShapeError(f"Logits must have the axes [row, teacher, class], got shape {tuple(logits.shape)}.")
+    return at_least_float32(logits)
+
+
+def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor) -> Tensor:
+    num_teachers = logits.shape[1]
+    if weights is None:
+        return logits.new_full((num_teachers,), 1 / num_teachers)
+    listed = torch.as_tensor(weights, dtype=torch.float64).tolist()
+    if not isinstance(listed, list) or len(listed) != num_teachers:
+        raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
+    total = math.fsum(listed)
+    if min(listed) < 0 or not (math.isfinite(total) and total > 0):
+        raise JobError(f"Weights must be finite, at least 0 and not all 0; got {weights!r}.")
+    return logits.new_tensor([weight / total for weight in listed])
+
+
+def _checked_names(teachers: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UnknownTeacherError(f"Unknown teachers {unknown} among {list(names)}; the ensemble has {list(known)}.")
+    if len(set(names)) < len(names):
+        raise JobError(f"A teacher is named twice in {list(names)}; use `weights` to give it more weight.")
+    return names
+
+
+def _weights_by_name(weights: Mapping[str, float], names: tuple[str, ...], known: tuple[str, ...]) -> list[float]:
+    if set(weights) != set(names):
+        raise UnknownTeacherError(
+            f"Weights are given for {sorted(weights)}, the selected teachers are {list(names)} of {list(known)}. "
+            "Name exactly the selected teachers; a weight may be 0."
+        )
+    return [weights[name] for name in names]
+
+
+def _select(values: Tensor, index: slice | Tensor) -> Tensor:
+    if isinstance(index, slice):
+        return values[index]
+    positions = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+    if values.dtype == torch.uint16:  # not every device selects uint16
+        return values.view(torch.int16).index_select(0, positions).view(torch.uint16)
+    return values.index_select(0, positions)
