@@ -22,19 +22,23 @@ from numcodecs import blosc
 from kdcache.errors import ShapeError
 from kdcache.store.place import Place
 
-CLEVEL = 5
+_CLEVEL = 1
+_BLOCK_BYTES = 512 * 1024
+_SHUFFLE_OF = {
+    "uint8": "noshuffle",
+    "uint16": "shuffle",
+    "uint64": "shuffle",
+    "float16": "shuffle",
+    "float32": "shuffle",
+}
+# Logits and their codes repeat nothing: all the gain is in entropy coding, for which zstd's lowest level is the best and
+# the quickest. Bytes of one significance together, in blocks large enough that zstd gives each its own table, beat
+# bits of one significance: docs/design/0002-inner-codec-chain.md has the figures.
 _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _BLOSC_HEADER_BYTES = 16
 _MAX_CHUNK_BYTES = 2**31 - 1 - _BLOSC_HEADER_BYTES
-_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-_SHUFFLE_OF = {
-    "uint8": "noshuffle",
-    "uint16": "bitshuffle",
-    "float16": "shuffle",
-    "float32": "shuffle",
-    "uint64": "shuffle",
-}
+_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +115,10 @@ class ShardSpec:
         checksum = {"name": "crc32c"}
         compression = {
             "cname": "zstd",
-            "clevel": CLEVEL,
+            "clevel": _CLEVEL,
             "shuffle": _SHUFFLE_OF[self.dtype],
             "typesize": np.dtype(self.dtype).itemsize,
-            "blocksize": 0,
+            "blocksize": _BLOCK_BYTES,
         }
         sharding = {
             "chunk_shape": [self.chunk_rows, self.num_columns],
@@ -292,7 +296,7 @@ def _padded(rows: npt.NDArray[Any], spec: ShardSpec) -> npt.NDArray[Any]:
 def _encode_chunk(chunk: npt.NDArray[Any], spec: ShardSpec) -> bytes:
     _one_thread()
     shuffle = _SHUFFLES[_SHUFFLE_OF[spec.dtype]]
-    body: bytes = blosc.compress(chunk, b"zstd", CLEVEL, shuffle, 0, chunk.itemsize)
+    body: bytes = blosc.compress(chunk, b"zstd", _CLEVEL, shuffle, _BLOCK_BYTES, chunk.itemsize)
     return body + _checksum(body)
 
 

@@ -1,0 +1,242 @@
+import errno
+import multiprocessing
+import os
+import pathlib
+import threading
+
+import pytest
+
+from kdcache.errors import KdcacheError
+from kdcache.store import LocalObjects, open_objects
+from kdcache.store import objects as objects_module
+
+KEY = "teachers/a/codes/c/0/0"
+
+
+@pytest.fixture
+def objects(tmp_path):
+    return LocalObjects(tmp_path / "store")
+
+
+def files_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_published_object_reads_back(objects):
+    assert objects.publish(KEY, b"first")
+    assert objects.read(KEY) == b"first"
+
+
+def test_publishing_twice_keeps_the_first_bytes_and_says_so(objects):
+    objects.publish(KEY, b"first")
+    assert not objects.publish(KEY, b"second")
+    assert objects.read(KEY) == b"first"
+
+
+def test_publishing_leaves_no_partial_file(objects, tmp_path):
+    objects.publish(KEY, b"first")
+    objects.publish(KEY, b"second")
+    assert files_below(tmp_path / "store") == [KEY]
+
+
+def test_of_many_threads_publishing_at_once_one_wins(objects):
+    barrier = threading.Barrier(8)
+    wins = []
+
+    def publish(number):
+        barrier.wait()
+        if objects.publish(KEY, bytes([number]) * 1000):
+            wins.append(number)
+
+    threads = [threading.Thread(target=publish, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert objects.read(KEY) == bytes(wins) * 1000
+
+
+def test_the_loser_of_a_race_after_its_check_still_loses(objects, monkeypatch):
+    objects.publish(KEY, b"first")
+    monkeypatch.setattr(objects_module.pathlib.Path, "exists", lambda _: False)
+    assert not objects.publish(KEY, b"second")
+    assert objects.read(KEY) == b"first"
+
+
+def test_a_link_whose_answer_was_lost_counts_as_published(objects, monkeypatch):
+    link = os.link
+
+    def link_and_fail(source, target):
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, "the repeated request")
+
+    monkeypatch.setattr(os, "link", link_and_fail)
+    assert objects.publish(KEY, b"first")
+
+
+@pytest.fixture
+def no_hard_links(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_without_hard_links_publishing_still_refuses_to_replace(objects, monkeypatch):
+    assert objects.publish(KEY, b"first")
+    monkeypatch.setattr(objects_module.pathlib.Path, "exists", lambda _: False)
+    assert not objects.publish(KEY, b"second")
+    assert objects.read(KEY) == b"first"
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_without_any_way_to_refuse_nothing_is_published(objects, tmp_path, monkeypatch):
+    class NoRename:
+        def __init__(self, *_, **__):
+            pass
+
+    monkeypatch.setattr(objects_module.ctypes, "CDLL", NoRename)
+    with pytest.raises(KdcacheError, match="neither hard links nor a rename that refuses to replace"):
+        objects.publish(KEY, b"first")
+    assert files_below(tmp_path / "store") == []
+
+
+def test_another_failure_of_linking_is_not_hidden(objects, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(OSError, match="no space left"):
+        objects.publish(KEY, b"first")
+
+
+def test_a_failed_write_leaves_nothing(objects, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "the disk failed")
+
+    objects.publish("other", b"x")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="the disk failed"):
+        objects.publish("second", b"y")
+    assert files_below(tmp_path / "store") == ["other"]
+
+
+def test_file_and_folder_are_synced_before_publish_returns(objects, tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.append(str(pathlib.Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    objects.publish("a/b", b"x")
+    root = str(tmp_path / "store")
+    assert synced[:2] == [str(tmp_path), root]
+    assert synced[2].startswith(f"{root}/a/.b.")
+    assert synced[3:] == [f"{root}/a"]
+
+
+def test_replace_puts_new_bytes_in_place_of_old(objects, tmp_path):
+    objects.publish(KEY, b"first")
+    objects.replace(KEY, b"second")
+    assert objects.read(KEY) == b"second"
+    assert files_below(tmp_path / "store") == [KEY]
+
+
+def test_replace_works_where_nothing_stood(objects):
+    objects.replace(KEY, b"first")
+    assert objects.read(KEY) == b"first"
+
+
+def test_delete_removes_an_object_and_says_whether_it_was_there(objects):
+    objects.publish(KEY, b"first")
+    assert objects.delete(KEY)
+    assert not objects.delete(KEY)
+    assert objects.size(KEY) is None
+
+
+def test_size_is_that_of_the_object(objects):
+    objects.publish(KEY, b"first")
+    assert objects.size(KEY) == 5
+
+
+def test_size_of_nothing_is_none(objects):
+    assert objects.size(KEY) is None
+
+
+def test_reading_nothing_is_a_file_not_found_error(objects):
+    with pytest.raises(FileNotFoundError):
+        objects.read(KEY)
+
+
+def test_reading_a_range_of_nothing_is_a_file_not_found_error(objects):
+    with pytest.raises(FileNotFoundError):
+        objects.read_range(KEY, 0, 1)
+
+
+@pytest.mark.parametrize(("start", "length", "expected"), [(0, 3, b"abc"), (2, 2, b"cd"), (4, 100, b"ef"), (9, 5, b"")])
+def test_a_range_is_cut_where_the_object_ends(objects, start, length, expected):
+    objects.publish(KEY, b"abcdef")
+    assert objects.read_range(KEY, start, length) == expected
+
+
+def test_a_huge_range_takes_no_more_memory_than_the_object(objects):
+    objects.publish(KEY, b"abcdef")
+    assert objects.read_range(KEY, 0, 2**60) == b"abcdef"
+
+
+def test_list_gives_sorted_keys_below_a_folder(objects):
+    for key in ("b/2", "b/1", "a", "b/c/3"):
+        objects.publish(key, b"")
+    assert list(objects.list("b")) == ["b/1", "b/2", "b/c/3"]
+    assert list(objects.list("")) == ["a", "b/1", "b/2", "b/c/3"]
+
+
+def test_list_of_nothing_is_empty(objects):
+    assert list(objects.list("nothing")) == []
+
+
+def test_a_stale_partial_file_is_never_listed(objects, tmp_path):
+    objects.publish("commits/a/0.json", b"{}")
+    (tmp_path / "store/commits/a/.1.json.17-abc.partial").write_bytes(b"{")
+    assert list(objects.list("commits")) == ["commits/a/0.json"]
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", ".a", "a/.b"]
+)
+def test_a_key_that_could_leave_the_root_or_hide_is_refused(objects, key):
+    with pytest.raises(KdcacheError, match="is no key of a store"):
+        objects.publish(key, b"x")
+
+
+def test_a_local_path_opens_as_local_objects(tmp_path):
+    assert open_objects(tmp_path).address == str(tmp_path)
+
+
+def test_a_file_address_opens_as_local_objects(tmp_path):
+    assert open_objects(f"file://{tmp_path}").address == str(tmp_path)
+
+
+def test_an_unknown_kind_of_address_is_refused_with_a_way_out():
+    with pytest.raises(KdcacheError, match=r"local folders only.*s3://"):
+        open_objects("s3://bucket/cache")
+
+
+def _publish_and_die(root):
+    objects_module._link = lambda *_: os._exit(9)
+    LocalObjects(root).publish(KEY, b"half")
+
+
+def test_a_writer_killed_before_linking_leaves_nothing_that_reads(objects, tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_publish_and_die, args=(str(tmp_path / "store"),))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert len(files_below(tmp_path / "store")) == 1
+    assert list(objects.list("")) == []
+    assert objects.publish(KEY, b"whole")
+    assert objects.read(KEY) == b"whole"
