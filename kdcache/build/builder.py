@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -19,7 +20,7 @@ from kdcache.build.pilot import Forecast, Pilot, run_pilot
 from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.task import remaining_shards
-from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, Teacher
+from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
 from kdcache.build.work import MERGED_NAME, StoredTeacher, Work
 from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.codecs import codec_for
@@ -235,7 +236,10 @@ def _draft(
         batch_size=batch_size, num_pilot_rows=num_pilot_rows,
     )  # fmt: skip
     plan, plan_index = _choose_plan(plans, proposed, add_teachers=add_teachers)
-    work = Work(store.address, plan, transfer_set, _stored_teachers(plan, members), num_workers)
+    folders = dict.fromkeys(str(member.folder) for member in members if isinstance(member, SourcedTeacher))
+    work = Work(
+        store.address, plan, transfer_set, _stored_teachers(plan, members), num_workers, (*folders, str(Path.cwd()))
+    )
     complete = store.complete()
     return _Draft(store, plan_index, work, complete is not None and complete.plan_digest == plan.digest())
 

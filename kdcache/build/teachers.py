@@ -192,7 +192,7 @@ def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # noqa: PLC0415 - torch checkpoints do without it
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state) if isinstance(state, Mapping) else state

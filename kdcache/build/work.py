@@ -52,6 +52,8 @@ class Work:
     transfer_set: TransferSet
     teachers: tuple[StoredTeacher, ...]
     num_workers: int = 0
+    import_folders: tuple[str, ...] = ()
+    """Where the modules of a job file are found, for processes that have another path."""
     pilot: dict[str, Mapping[BatchKey, Tensor]] = field(default_factory=dict)
     """Logits the pilot computed, by stored teacher: used again by this process, not sent to others."""
 

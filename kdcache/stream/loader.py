@@ -176,7 +176,8 @@ class SoftTargetLoader:
 
     def _rows(self, indices: np.ndarray) -> np.ndarray:
         if self._num_rows is None:
-            return self._first_row[indices]
+            rows: np.ndarray = self._first_row[indices]
+            return rows
         return np.concatenate(
             [np.arange(self._first_row[index], self._first_row[index] + self._num_rows[index]) for index in indices]
         )

@@ -10,9 +10,14 @@ from __future__ import annotations
 __all__ = ["DaskExecutor", "spans"]
 
 import contextlib
+import os
+import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
 import torch
 from distributed import Client, LocalCluster, as_completed
 from distributed.client import FutureCancelledError
@@ -66,7 +71,7 @@ class DaskExecutor:
         """Submit what remains once; take out of `remaining` what got done. Gives what was lost, in words."""
         futures = self._submit(client, work, remaining)
         lost = ""
-        for future in as_completed(futures):
+        for future in as_completed(futures, loop=client.loop):
             error = future.exception() if future.status == "error" else None
             if future.status == "finished":
                 for record in future.result():
@@ -81,7 +86,7 @@ class DaskExecutor:
         return lost
 
     def _submit(self, client: Client, work: Work, remaining: set[tuple[str, int]]) -> list[Any]:
-        sent = client.scatter(work, broadcast=True, hash=False)
+        sent = client.scatter(_Parcel.of(work), broadcast=True, hash=False)
         resources = getattr(self._spec, "resources", None) or None
         return [
             client.submit(_run_span, sent, name, shards, pure=False, resources=resources)
@@ -160,14 +165,32 @@ def open_cluster(spec: DaskLocal | DaskJobqueue) -> Any:
     return cluster
 
 
-def _run_span(work: Work, name: str, shard_indices: list[int]) -> list[Record]:
+@dataclass(frozen=True, eq=False)
+class _Parcel:
+    """Work as it travels: opened on the worker only after the folders of its modules are known there."""
+
+    key: str
+    folders: tuple[str, ...]
+    payload: bytes
+
+    @classmethod
+    def of(cls, work: Work) -> _Parcel:
+        return cls(secrets.token_hex(8), work.import_folders, cloudpickle.dumps(work))
+
+    def open(self) -> Work:
+        """Unpickle once a process; folders are appended to the worker's path, behind what it has."""
+        if self.key not in _OPENED:
+            sys.path.extend(folder for folder in self.folders if folder not in sys.path)
+            _OPENED.clear()
+            _OPENED[self.key] = cloudpickle.loads(self.payload)
+        return _OPENED[self.key]
+
+
+_OPENED: dict[str, Work] = {}
+
+
+def _run_span(parcel: _Parcel, name: str, shard_indices: list[int]) -> list[Record]:
     """Run on a worker: tasks of one teacher. Returns only the small records."""
     if not torch.cuda.is_available():
-        torch.set_num_threads(_threads_of_worker())
-    return list(work.run(name, shard_indices))
-
-
-def _threads_of_worker() -> int:
-    import os  # noqa: PLC0415 - read on the worker
-
-    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return list(parcel.open().run(name, shard_indices))
