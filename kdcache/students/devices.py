@@ -1,0 +1,43 @@
+"""Devices: where students run."""
+
+from __future__ import annotations
+
+__all__ = ["choose_device", "move"]
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import JobError
+
+
+def choose_device(name: str) -> torch.device:
+    """Read a device's name; ``auto`` takes cuda where there is one.
+
+    Raises
+    ------
+    JobError
+        There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise JobError(f"{name!r} is no device of torch; give 'auto', 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise JobError(f"device {name!r} was asked for, but torch finds no CUDA device; give 'auto' or 'cpu'")
+    return device
+
+
+def move(inputs: Any, device: torch.device | str) -> Any:
+    """Move a batch of inputs: a tensor, or mappings and sequences of tensors."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        return {key: move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(move(value, device) for value in inputs)
+    return inputs
