@@ -48,7 +48,9 @@ def status(cache: Target, json: Json = False) -> None:
             )
         console.print(table)
         console.print(
-            f"{found.address} is complete" if found.is_complete else f"{found.address} is not complete; run its build again"
+            f"{found.address} is complete"
+            if found.is_complete
+            else f"{found.address} is not complete; run its build again"
         )
     if not found.is_complete:
         raise typer.Exit(INCOMPLETE)
