@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from kdcache import TransferSet
+
+
+def pytest_configure():
+    """Keep temporary files in memory where there is room: a build syncs dozens of files, milliseconds each on disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - pytest makes a folder of this user's own in it
+    if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 @pytest.fixture(autouse=True, scope="session")
