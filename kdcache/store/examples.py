@@ -105,9 +105,8 @@ class ExampleTable:
             _check_column("input_digests", self.input_digests, "uint8", (num_examples, DIGEST_BYTES))
         if (self.num_rows < 1).any():
             example = int(np.argmax(self.num_rows < 1))
-            raise TransferSetError(
-                f"example {self.example_ids[example]!r} has {self.num_rows[example]} rows; an example has at least one"
-            )
+            named = f"example {self.example_ids.item(example)!r}"
+            raise TransferSetError(f"{named} has {self.num_rows[example]} rows; an example has at least one")
         if (self.first_row != _first_rows(self.num_rows)).any():
             raise TransferSetError("first_row is not the sum of num_rows over the examples before: rows overlap or gap")
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.store.examples import ExampleTable, normal_ids
-from kdcache.store.reader import ShardedReader
+from kdcache.store.reader import ShardedReader, by_chunk
 from kdcache.store.shards import ShardSpec
 
 CHUNK_ENTRIES = 4096
@@ -159,11 +159,10 @@ class IdIndex:
         chunk_of = _last_not_above((self._fences[:, 0], self._fences[:, 1]), (key, check))
         found = np.zeros((len(ids), 2), np.uint64)
         known = np.zeros(len(ids), bool)
-        order = np.argsort(chunk_of, kind="stable")
-        wanted, starts = np.unique(chunk_of[order], return_index=True)
-        spans = dict(zip(wanted.tolist(), np.split(order, starts[1:]), strict=True))
-        for chunk_index, chunk in self._reader.chunks(wanted[wanted >= 0]):
-            members = spans[chunk_index]
+        positions = by_chunk(chunk_of)
+        positions.pop(-1, None)  # ids below all of the cache's
+        for chunk_index, chunk in self._reader.chunks(list(positions)):
+            members = positions[chunk_index]
             entries = chunk[: self._num_examples - chunk_index * CHUNK_ENTRIES]
             place = _last_not_above((entries[:, 0], entries[:, 1]), (key[members], check[members]))
             entry = entries[np.maximum(place, 0)]
@@ -205,7 +204,7 @@ def _duplicates(
     table: ExampleTable, order: npt.NDArray[np.int64], repeated: npt.NDArray[np.int64]
 ) -> DuplicateExampleError:
     pairs = [(int(order[place]), int(order[place + 1])) for place in repeated[:_NAMED]]
-    named = ", ".join(f"{table.example_ids[first]!r} at {first} and {second}" for first, second in pairs)
+    named = ", ".join(f"{table.example_ids.item(first)!r} at {first} and {second}" for first, second in pairs)
     more = f", and {len(repeated) - _NAMED} more" if len(repeated) > _NAMED else ""
     return DuplicateExampleError(
         f"{len(repeated)} example ids stand more than once in the transfer set: {named}{more}. Nothing was written. "

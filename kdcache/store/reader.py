@@ -114,27 +114,23 @@ class ShardedReader:
         """
         check_rows(rows, self.num_rows)
         out = np.empty((len(rows), self.spec.num_columns), dtype=self.spec.little)
-        chunk_of = rows // self.spec.chunk_rows
-        order = np.argsort(chunk_of, kind="stable")
-        chunks, starts = np.unique(chunk_of[order], return_index=True)
-        within = (rows % self.spec.chunk_rows)[order]
-        ends = [*starts[1:].tolist(), len(rows)]
-        spans = dict(zip(chunks.tolist(), zip(starts.tolist(), ends, strict=True), strict=True))
-        for chunk_index, chunk in self.chunks(chunks):
-            start, end = spans[chunk_index]
-            out[order[start:end]] = chunk[within[start:end]]
+        positions = by_chunk(rows // self.spec.chunk_rows)
+        within = rows % self.spec.chunk_rows
+        for chunk_index, chunk in self.chunks(list(positions)):
+            wanted = positions[chunk_index]
+            out[wanted] = chunk[within[wanted]]
         return out
 
-    def chunks(self, chunk_indexes: npt.NDArray[np.int64]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def chunks(self, chunk_indexes: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Yield chunks by number, read in as few ranges as their places allow.
 
         Parameters
         ----------
-        chunk_indexes : ndarray [chunk] of int64
+        chunk_indexes : sequence of int
             Chunk numbers over the whole array, ascending and without duplicates.
         """
         missing: list[int] = []
-        for chunk_index in chunk_indexes.tolist():
+        for chunk_index in chunk_indexes:
             chunk = self._chunks.get(chunk_index)
             if chunk is None:
                 missing.append(chunk_index)
@@ -317,6 +313,15 @@ def has_fill(codes: npt.NDArray[Any], fill: float) -> bool:
     if codes.dtype.kind == "f":
         return bool(np.isnan(codes).any())
     return int(codes.max()) >= int(fill)  # the fill code is the largest integer of its type
+
+
+def by_chunk(chunk_of: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
+    """Give the positions at which each chunk number stands, by chunk number, ascending."""
+    order = np.argsort(chunk_of, kind="stable")
+    chunks, starts = np.unique(chunk_of[order], return_index=True)
+    return dict(
+        zip(chunks.tolist(), np.split(order, starts[1:]), strict=False)
+    )  # no numbers split into one empty array
 
 
 def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> Iterator[tuple[int, list[int]]]:

@@ -31,8 +31,8 @@ _SHUFFLE_OF = {
     "float16": "shuffle",
     "float32": "shuffle",
 }
-# Logits and their codes repeat nothing: all the gain is in entropy coding, for which zstd's lowest level is the best and
-# the quickest. Bytes of one significance together, in blocks large enough that zstd gives each its own table, beat
+# Logits and their codes repeat nothing: all the gain is in entropy coding, for which zstd's lowest level is the best
+# and the quickest. Bytes of one significance together, in blocks large enough for a zstd table each, beat
 # bits of one significance: docs/design/0002-inner-codec-chain.md has the figures.
 _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16

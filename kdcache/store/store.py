@@ -419,6 +419,8 @@ class CacheStore:
         expected = codes_metadata(teacher_document, cache_document)
         place = self._files.teacher_place(layout.metadata_key(f"{layout.teacher_group(name)}/{layout.CODES}"), name)
         standing = self._files.read_json(place)
+        if standing is None:
+            raise place.corrupt("the file is missing")
         if standing != expected:
             told = [
                 f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, standing)

@@ -1,0 +1,233 @@
+import hashlib
+
+import numpy as np
+import pytest
+from store_builders import make_cache_document
+
+from kdcache.errors import CorruptCacheError, DuplicateExampleError, TransferSetError, UnknownExampleError
+from kdcache.store import CacheStore, ExampleTable
+from kdcache.store.index import CHUNK_ENTRIES, IdIndex, id_keys, index_arrays, index_spec
+
+NUM_MANY = 3 * CHUNK_ENTRIES + 100
+
+
+def write_index(folder, table):
+    store = CacheStore.at(folder)
+    num_examples = len(table)
+    store.write_root(
+        make_cache_document(
+            num_examples=num_examples,
+            num_rows=int(table.num_rows.sum()),
+            example_id_type=table.example_id_type,
+            has_labels=False,
+        )
+    )
+    store.write_index(table)
+    return store
+
+
+def make_ids(kind, num_examples):
+    generator = np.random.default_rng(0)
+    if kind == "int64":
+        return generator.permutation(np.arange(-num_examples, num_examples, 2)) * 1_000_003
+    return [f"n{number:08}/image.jpg" for number in generator.permutation(num_examples)]
+
+
+@pytest.fixture(params=["int64", "string"])
+def many(request, tmp_path):
+    ids = make_ids(request.param, NUM_MANY)
+    table = ExampleTable.make(ids, num_rows=np.arange(NUM_MANY) % 5 + 1)
+    return write_index(tmp_path / "cache", table), table
+
+
+def test_every_id_is_found_at_its_rows(many):
+    store, table = many
+    first_row, num_rows = store.lookup(table.example_ids)
+    np.testing.assert_array_equal(first_row, table.first_row)
+    np.testing.assert_array_equal(num_rows, table.num_rows)
+    assert (first_row.dtype, num_rows.dtype) == (np.int64, np.int32)
+
+
+def test_ids_are_found_in_the_order_given_and_as_often(many):
+    store, table = many
+    wanted = np.array([5000, 3, 3, NUM_MANY - 1])
+    first_row, _ = store.lookup(table.example_ids[wanted].tolist())
+    np.testing.assert_array_equal(first_row, table.first_row[wanted])
+
+
+def test_no_ids_are_found_as_no_rows(many):
+    store, _ = many
+    first_row, num_rows = store.lookup([])
+    assert len(first_row) == len(num_rows) == 0
+
+
+def test_a_lookup_reads_only_the_chunks_it_needs(many, monkeypatch):
+    store, table = many
+    store.lookup(table.example_ids[:1])
+    kind = type(store.objects)
+    noted = []
+    read_range = kind.read_range
+    monkeypatch.setattr(
+        kind,
+        "read_range",
+        lambda self, key, start, length: noted.append(length) or read_range(self, key, start, length),
+    )
+    store.lookup(table.example_ids[1:2])
+    assert len(noted) <= 1
+    assert sum(noted) < store.objects.size("index/entries/c/0/0") / 2
+
+
+@pytest.mark.parametrize("kind", ["int64", "string"])
+@pytest.mark.parametrize("num_examples", [1, CHUNK_ENTRIES, CHUNK_ENTRIES + 1])
+def test_an_index_of_any_size_finds_its_ids(tmp_path, kind, num_examples):
+    table = ExampleTable.make(make_ids(kind, num_examples))
+    store = write_index(tmp_path / "cache", table)
+    np.testing.assert_array_equal(store.lookup(table.example_ids)[0], np.arange(num_examples))
+
+
+def test_the_ends_of_int64_are_ids_like_others(tmp_path):
+    ids = [2**63 - 1, -(2**63), 0, -1]
+    store = write_index(tmp_path / "cache", ExampleTable.make(ids))
+    np.testing.assert_array_equal(store.lookup(ids)[0], [0, 1, 2, 3])
+
+
+def test_an_id_that_equals_the_padding_of_the_index_is_unknown(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make([1, 2]))
+    with pytest.raises(UnknownExampleError):
+        store.lookup([-1])
+
+
+def test_unknown_ids_are_named_and_counted(many):
+    store, table = many
+    unknown = [7] if table.example_id_type == "int64" else ["seven"]
+    with pytest.raises(UnknownExampleError) as caught:
+        store.lookup([table.example_ids.tolist()[0], *unknown])
+    assert str(caught.value) == (
+        f"{store.address}: 1 of 2 example ids are not in this cache: {unknown[0]!r}. "
+        f"Its ids are {table.example_id_type}. Check that the cache was built from this transfer set."
+    )
+
+
+def test_of_many_unknown_ids_five_are_named(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make(["a"]))
+    with pytest.raises(UnknownExampleError, match=r"9 of 9 .*: '0', '1', '2', '3', '4' and 4 more"):
+        store.lookup([str(number) for number in range(9)])
+
+
+def test_an_id_below_all_others_is_unknown(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make([10, 20]))
+    with pytest.raises(UnknownExampleError, match=": 5"):
+        store.lookup([5])
+
+
+def test_strings_for_int64_ids_are_unknown_with_a_hint(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make([1, 2]))
+    with pytest.raises(
+        UnknownExampleError, match=r"Its ids are int64\. You gave string ids.*\[int\(value\) for value in"
+    ):
+        store.lookup(["1"])
+
+
+def test_integers_for_string_ids_are_unknown_with_a_hint(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make(["1", "2"]))
+    with pytest.raises(
+        UnknownExampleError, match=r"Its ids are string\. You gave int64 ids.*\[str\(value\) for value in"
+    ):
+        store.lookup([1])
+
+
+@pytest.mark.parametrize("ids", [[1.0], [True], np.array([1.5]), [b"1"]])
+def test_ids_that_are_neither_integers_nor_strings_are_refused(tmp_path, ids):
+    store = write_index(tmp_path / "cache", ExampleTable.make([1, 2]))
+    with pytest.raises(TransferSetError, match="all str or all int64"):
+        store.lookup(ids)
+
+
+def test_duplicate_ids_are_named_with_their_positions():
+    with pytest.raises(DuplicateExampleError, match=r"1 example ids stand more than once.*'b' at 1 and 3"):
+        index_arrays(ExampleTable.make(["a", "b", "c", "b"]))
+
+
+def test_duplicate_integers_are_named_with_their_positions():
+    with pytest.raises(DuplicateExampleError, match=r"2 example ids .*: 7 at 0 and 2, 7 at 2 and 4"):
+        index_arrays(ExampleTable.make([7, 1, 7, 2, 7]))
+
+
+def test_of_many_duplicates_five_are_named():
+    with pytest.raises(DuplicateExampleError, match=r"20 example ids .*, and 15 more"):
+        index_arrays(ExampleTable.make([*range(20), *range(20)]))
+
+
+def test_nothing_is_written_for_duplicate_ids(tmp_path):
+    with pytest.raises(DuplicateExampleError):
+        write_index(tmp_path / "cache", ExampleTable.make([1, 1]))
+    assert list(CacheStore.at(tmp_path / "cache").objects.list("index")) == ["index/zarr.json"]
+
+
+def test_a_string_id_is_keyed_by_the_two_halves_of_its_blake2b():
+    digest = hashlib.blake2b("é".encode(), digest_size=16).digest()
+    key, check = id_keys(np.array(["é"], object))
+    assert key.astype("<u8").tobytes() + check.astype("<u8").tobytes() == digest
+
+
+def test_an_int64_id_is_its_own_key():
+    key, check = id_keys(np.array([-1, 5]))
+    assert key.tolist() == [2**64 - 1, 5]
+    assert check.tolist() == [0, 0]
+
+
+class OneChunk:
+    """Entries that are in memory."""
+
+    def __init__(self, entries):
+        self._entries = entries
+
+    def chunks(self, chunk_indexes):
+        for chunk_index in chunk_indexes:
+            yield chunk_index, self._entries[chunk_index * CHUNK_ENTRIES : (chunk_index + 1) * CHUNK_ENTRIES]
+
+
+def test_strings_that_share_a_key_are_told_apart_by_the_check(monkeypatch):
+    num_examples = 2 * CHUNK_ENTRIES
+
+    def all_alike(ids):
+        return np.full(len(ids), 9, np.uint64), np.array([int(value) for value in ids], np.uint64)
+
+    monkeypatch.setattr("kdcache.store.index.id_keys", all_alike)
+    table = ExampleTable.make([str(number) for number in range(num_examples)])
+    arrays = index_arrays(table)
+    index = IdIndex(
+        OneChunk(arrays.entries), arrays.fences, num_examples=num_examples, example_id_type="string", address="CACHE"
+    )
+    wanted = [3, CHUNK_ENTRIES - 1, CHUNK_ENTRIES, num_examples - 1]
+    np.testing.assert_array_equal(index.lookup([str(number) for number in wanted])[0], wanted)
+
+
+@pytest.mark.parametrize("key", ["index/fences/c/0/0", "index/entries/c/0/0"])
+def test_a_missing_part_of_the_index_is_an_error_with_a_remedy(many, key):
+    store, table = many
+    store.objects.delete(key)
+    with pytest.raises(CorruptCacheError, match=f"{key}: .* missing.*Delete the folder index and run the build again"):
+        store.lookup(table.example_ids[:1])
+
+
+@pytest.mark.parametrize("key", ["index/fences/c/0/0", "index/entries/c/0/0"])
+def test_an_altered_part_of_the_index_is_an_error(many, key):
+    store, table = many
+    data = bytearray(store.objects.read(key))
+    data[20] ^= 1
+    store.objects.replace(key, bytes(data))
+    with pytest.raises(CorruptCacheError, match="checksum"):
+        store.lookup(table.example_ids)
+
+
+def test_fences_of_another_number_of_examples_are_an_error(many):
+    store, table = many
+    store.objects.replace("index/fences/c/0/0", store.objects.read("index/fences/c/0/0")[:-8])
+    with pytest.raises(CorruptCacheError, match=r"its shape \(4, 2\) takes 68"):
+        store.lookup(table.example_ids[:1])
+
+
+def test_shards_of_the_index_hold_up_to_262144_entries():
+    assert index_spec(10**7).shard_rows == 262_144
+    assert index_spec(5000).shard_rows == 8192
