@@ -164,8 +164,16 @@ class Decoder:
         if all(value.device == target for value in self.parameters.values()):
             return self
         if target not in self._moved:
-            self._moved[target] = Decoder(self.codec, parameters_to(self.parameters, target))
+            self._moved[target] = self._copy_on(target)
         return self._moved[target]
+
+    def _copy_on(self, device: torch.device) -> Decoder:
+        # made without __init__: the parameters are checked already, and a check would wait for the device
+        moved = object.__new__(Decoder)
+        values = {"codec": self.codec, "parameters": parameters_to(self.parameters, device), "_moved": {}}
+        for name, value in values.items():
+            object.__setattr__(moved, name, value)
+        return moved
 
 
 def parameters_to(

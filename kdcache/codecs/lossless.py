@@ -123,7 +123,7 @@ class LosslessCodec:
         self.check_parameters(parameters)
         check_logits(logits, self.num_classes)
         _check_finite(logits)
-        stored = logits.to(_FLOATS[self.spec.dtype])
+        stored = logits.detach().to(_FLOATS[self.spec.dtype], copy=True)
         if not _equal(stored, logits):
             raise CodecError(_refusal(logits, self.spec.dtype))
         return stored.view(torch.uint16) if self.spec.dtype == "bfloat16" else stored
@@ -154,7 +154,7 @@ class LosslessCodec:
         """
         check_codes(codes, self)
         self.check_parameters(parameters)
-        return self._floats(codes).to(torch.float32)
+        return self._floats(codes).to(torch.float32, copy=True)
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds a NaN, which no encoded row does."""
