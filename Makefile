@@ -47,6 +47,7 @@ schemas: $(READY)
 	$(BIN)/python -m kdcache.documents schemas
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks
 
 mnist: $(READY)

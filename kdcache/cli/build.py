@@ -46,9 +46,7 @@ def build(
         def on_progress(step: BuildProgress) -> None:
             show(f"{step.stage} {step.teacher}", step.done_rows, step.total_rows)
 
-        cache = build_cache(
-            **_arguments(loaded), executor=executor, add_teachers=add_teachers, on_progress=on_progress
-        )
+        cache = build_cache(**_arguments(loaded), executor=executor, add_teachers=add_teachers, on_progress=on_progress)
     status = read_status(cache.address)
     num_bytes = sum(teacher.num_bytes for teacher in status.teachers)
     complete = cache.complete

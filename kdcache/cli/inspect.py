@@ -32,11 +32,13 @@ def status(cache: Target, json: Json = False) -> None:
     """Show how far a build is. Exit code 3 while it is not complete."""
     found = read_status(address_of(cache))
     if json:
-        print_json({
-            "address": found.address,
-            "is_complete": found.is_complete,
-            "teachers": [dataclasses.asdict(teacher) for teacher in found.teachers],
-        })
+        print_json(
+            {
+                "address": found.address,
+                "is_complete": found.is_complete,
+                "teachers": [dataclasses.asdict(teacher) for teacher in found.teachers],
+            }
+        )
     else:
         table = Table("teacher", "shards", "rows", "stored")
         for item in found.teachers:
@@ -61,14 +63,16 @@ def verify(cache: Target, json: Json = False) -> None:
     with progress_bar("shards") as show:
         report = verify_cache(address_of(cache), on_progress=lambda done, total: show("verifying", done, total))
     if json:
-        print_json({
-            "address": report.address,
-            "is_complete": report.is_complete,
-            "is_sound": report.is_sound,
-            "num_shards": report.num_shards,
-            "num_bytes": report.num_bytes,
-            "findings": [dataclasses.asdict(finding) for finding in report.findings],
-        })
+        print_json(
+            {
+                "address": report.address,
+                "is_complete": report.is_complete,
+                "is_sound": report.is_sound,
+                "num_shards": report.num_shards,
+                "num_bytes": report.num_bytes,
+                "findings": [dataclasses.asdict(finding) for finding in report.findings],
+            }
+        )
     else:
         for finding in report.findings:
             console.print(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}", soft_wrap=True)
@@ -93,13 +97,15 @@ def info(
     complete = opened.complete
     num_bytes = sum(teacher.num_bytes for teacher in complete.teachers) if complete else 0
     if json:
-        print_json({
-            "address": opened.address,
-            "cache": opened.document.to_mapping(),
-            "complete": complete.to_mapping() if complete else None,
-            "teachers": {name: document.to_mapping() for name, document in opened.teachers.items()},
-            "certificates": [dataclasses.asdict(item) for item in certificates],
-        })
+        print_json(
+            {
+                "address": opened.address,
+                "cache": opened.document.to_mapping(),
+                "complete": complete.to_mapping() if complete else None,
+                "teachers": {name: document.to_mapping() for name, document in opened.teachers.items()},
+                "certificates": [dataclasses.asdict(item) for item in certificates],
+            }
+        )
         return
     console.print(
         f"[bold]{opened.address}[/bold]: {opened.num_examples:,} examples x {opened.num_views} view(s), "

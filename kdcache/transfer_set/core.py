@@ -323,9 +323,10 @@ def _check_count(name: str, got: int, expected: int) -> None:
 
 
 def _refuse_duplicates(ids: Ids) -> None:
-    values = ids.tolist()
-    if len(set(values)) == len(values):
+    num_unique = len(np.unique(ids)) if ids.dtype == np.int64 else len(set(ids.tolist()))
+    if num_unique == len(ids):
         return
+    values = ids.tolist()
     first: dict[int | str, int] = {}
     repeated = [(key, first[key], index) for index, key in enumerate(values) if first.setdefault(key, index) != index]
     shown = "; ".join(f"{key!r} at positions {one} and {two}" for key, one, two in repeated[:5])

@@ -1,0 +1,54 @@
+"""Run benchmarks by name, print their tables, and keep their figures as JSON in benchmarks/out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import build_overhead, import_time, open_cache, train_step
+
+BENCHMARKS = {
+    "import": import_time.run,
+    "open": open_cache.run,
+    "build": build_overhead.run,
+    "step": train_step.run,
+}
+OUT = Path(__file__).parent / "out"
+
+
+def main(names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None) -> None:
+    """Run benchmarks."""
+    unknown = set(names or ()) - BENCHMARKS.keys()
+    if unknown:
+        raise typer.BadParameter(f"there is no benchmark {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
+    torch.set_num_threads(1)
+    OUT.mkdir(exist_ok=True)
+    for name in names or BENCHMARKS:
+        rows = BENCHMARKS[name]()
+        (OUT / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
+        _print(name, rows)
+
+
+def _print(name: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(*(column.replace("_", " ") for column in rows[0]), title=name)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(width=160).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " to ".join(_cell(item) for item in value)
+    return str(value)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,39 @@
+"""Timing: contestants take turns, so that a busy moment of the machine hits all of them."""
+
+from __future__ import annotations
+
+__all__ = ["Timing", "interleaved"]
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round of one contestant."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle of the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The fastest and the slowest round, in seconds."""
+        return min(self.seconds), max(self.seconds)
+
+
+def interleaved(contestants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1) -> dict[str, Timing]:
+    """Time each contestant once a round, after rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(warm_up + rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
