@@ -25,13 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.store.place import Place
-from kdcache.store.shards import ShardSpec
+from kdcache.store.shards import ShardSpec, bytes_codec
 
 _CHECKSUM_BYTES = 4
-_SMALL_CODECS: list[dict[str, Any]] = [
-    {"name": "bytes", "configuration": {"endian": "little"}},
-    {"name": "crc32c"},
-]
 
 
 def to_json(mapping: Mapping[str, Any]) -> bytes:
@@ -83,12 +79,13 @@ def sharded_array_metadata(num_shards: int, spec: ShardSpec, *, dimension_names:
 
 def small_array_metadata(array: npt.NDArray[Any], *, dimension_names: Sequence[str]) -> dict[str, Any]:
     """Give the metadata of an array that is kept as one chunk with a checksum."""
+    dtype = array.dtype.newbyteorder("=").name
     return array_metadata(
         array.shape,
-        dtype=array.dtype.newbyteorder("=").name,
+        dtype=dtype,
         chunk_shape=[max(1, length) for length in array.shape],
         fill=0,
-        codecs=_SMALL_CODECS,
+        codecs=[bytes_codec(dtype), {"name": "crc32c"}],
         dimension_names=dimension_names,
     )
 

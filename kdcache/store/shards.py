@@ -8,7 +8,7 @@ would read as another number. All here is pure: bytes in, arrays out, no files.
 
 from __future__ import annotations
 
-__all__ = ["ShardSpec", "decode_chunk", "decode_shard", "encode_shard", "parse_index"]
+__all__ = ["ShardSpec", "bytes_codec", "decode_chunk", "decode_shard", "encode_shard", "parse_index"]
 
 import struct
 from dataclasses import dataclass
@@ -111,7 +111,6 @@ class ShardSpec:
 
     def codecs(self) -> list[dict[str, Any]]:
         """Describe the coding as the `codecs` of a Zarr v3 array."""
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
         checksum = {"name": "crc32c"}
         compression = {
             "cname": "zstd",
@@ -122,11 +121,18 @@ class ShardSpec:
         }
         sharding = {
             "chunk_shape": [self.chunk_rows, self.num_columns],
-            "codecs": [little, {"name": "blosc", "configuration": compression}, checksum],
-            "index_codecs": [little, checksum],
+            "codecs": [bytes_codec(self.dtype), {"name": "blosc", "configuration": compression}, checksum],
+            "index_codecs": [bytes_codec("uint64"), checksum],
             "index_location": "end",
         }
         return [{"name": "sharding_indexed", "configuration": sharding}]
+
+
+def bytes_codec(dtype: str) -> dict[str, Any]:
+    """Describe little-endian bytes as a Zarr v3 codec; single bytes have no order to state."""
+    if np.dtype(dtype).itemsize == 1:
+        return {"name": "bytes"}
+    return {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 def encode_shard(rows: npt.NDArray[Any], spec: ShardSpec) -> bytes:
