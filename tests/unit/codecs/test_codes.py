@@ -289,6 +289,7 @@ def test_decoding_compiles_as_one_graph(spec):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch warns of itself
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiled_decoding_gives_the_same_bits(spec):
     codec, parameters = fitted(spec, sampled())
