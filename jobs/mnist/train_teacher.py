@@ -139,7 +139,7 @@ class Training:
             logits = self.model(inputs)
         loss = functional.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         constrain_incoming_norms(self.model, max_norm=self.settings.max_norm)
         return float(loss.detach())
