@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Evaluation", "Scores", "as_evaluation", "evaluate", "score"]
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +56,13 @@ class Scores:
     ----------
     num_errors, num_rows : int
         Rows whose largest logit is not the label's, and all rows.
-    cross_entropy : float
-        With the labels, at temperature 1, in nats a row.
+    cross_entropy : float or None
+        With the labels, at temperature 1, in nats a row; None when it is not finite.
     """
 
     num_errors: int
     num_rows: int
-    cross_entropy: float
+    cross_entropy: float | None
 
     @property
     def error(self) -> float:
@@ -122,13 +123,17 @@ def evaluate(students: SideBySide, evaluation: Evaluation, *, device: torch.devi
         entropy += nats
     num_rows = evaluation.labels.numel()
     counted = zip(errors.tolist(), entropy.tolist(), strict=True)
-    return [Scores(num_errors, num_rows, nats / num_rows) for num_errors, nats in counted]
+    return [_scores(num_errors, num_rows, nats) for num_errors, nats in counted]
 
 
 def score(logits: Float[Tensor, "row class"], labels: Int[Tensor, " row"]) -> Scores:
     """Score one student's logits."""
     wrong, nats = _count(logits.unsqueeze(0), labels)
-    return Scores(int(wrong), labels.numel(), float(nats) / labels.numel())
+    return _scores(int(wrong), labels.numel(), float(nats))
+
+
+def _scores(num_errors: int, num_rows: int, nats: float) -> Scores:
+    return Scores(num_errors, num_rows, nats / num_rows if math.isfinite(nats) else None)
 
 
 def _count(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

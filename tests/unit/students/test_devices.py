@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdcache.errors import JobError
+from kdcache.students.devices import choose_device, move
+
+
+def test_a_device_is_chosen_by_its_name():
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_auto_takes_cuda_where_there_is_one():
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused():
+    with pytest.raises(JobError, match="torch finds no CUDA device"):
+        choose_device("cuda")
+
+
+def test_a_name_that_is_no_device_is_refused():
+    with pytest.raises(JobError, match="'gpu' is no device of torch"):
+        choose_device("gpu")
+
+
+def test_mappings_and_sequences_of_tensors_move():
+    moved = move({"a": torch.zeros(1), "b": (torch.ones(2), "text")}, "meta")
+    assert (moved["a"].device.type, moved["b"][0].device.type, moved["b"][1]) == ("meta", "meta", "text")
