@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from sklearn.datasets import load_digits
 from torch import nn
 
 from kdcache import TransferSet
+
+settings.register_profile("kdcache", deadline=None)  # a busy machine is no failure
+settings.load_profile("kdcache")
 
 
 def pytest_configure():

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "DOCUMENTS",
     "FORMAT_VERSION",
+    "GIVEN",
     "BuildOptions",
     "CacheDocument",
     "CacheOptions",
@@ -41,7 +42,7 @@ __all__ = [
 
 from typing import Any
 
-from kdcache.documents.base import Document, differences
+from kdcache.documents.base import GIVEN, Document, differences
 from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
 from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless
 from kdcache.documents.job import (
@@ -76,8 +77,26 @@ DOCUMENTS: dict[str, type[Document]] = {
 def json_schema(name: str) -> dict[str, Any]:
     """Give the JSON Schema (draft 2020-12) of a document by its name in `DOCUMENTS`."""
     schema = DOCUMENTS[name].model_json_schema(mode="validation")
+    _tighten(schema)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:kdcache:schema:{name}:1",
         **schema,
     }
+
+
+def _tighten(node: Any) -> None:
+    """Say what the models demand and pydantic's schemas leave out.
+
+    A member of a union must name its kind, which the schema gives as a default; and a mapping whose keys have a pattern
+    takes no others.
+    """
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        _tighten(child)
+    if not isinstance(node, dict):
+        return
+    if "patternProperties" in node:
+        node["additionalProperties"] = False
+    if "const" in node.get("properties", {}).get("kind", {}):
+        node["required"] = sorted({*node.get("required", ()), "kind"})

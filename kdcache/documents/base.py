@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Digest", "Document", "ImportString", "Name", "Temperature", "differences"]
+__all__ = ["GIVEN", "Digest", "Document", "ImportString", "Name", "Temperature", "differences"]
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
@@ -31,11 +32,16 @@ ImportString = Annotated[
 ]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description="Divides the logits before the softmax.")]
 
+GIVEN = "the value given"
+"""Source of a document that is made of Python values: what breaks it is a caller's input, not a stored file."""
+
 
 class Document(BaseModel):
     """Base of every kdcache document: frozen, no unknown fields, no silent conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     title: ClassVar[str]
     """The document's name in messages and of its schema file."""
@@ -59,7 +65,7 @@ class Document(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise DocumentError(cls.title, source, _problems(error)) from error
+            raise DocumentError(cls.title, source, _problems(error, _parsed(text))) from error
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, source: str) -> Self:
@@ -70,12 +76,10 @@ class Document(BaseModel):
         DocumentError
             The mapping breaks the schema, or holds something that JSON cannot (dates, NaN).
         """
-        try:
-            text = json.dumps(mapping, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            problem = Problem("", "not_json", f"holds a value that JSON cannot: {error}")
-            raise DocumentError(cls.title, source, (problem,)) from error
-        return cls.from_json(text, source=source)
+        problems = tuple(_not_json(mapping))
+        if problems:
+            raise DocumentError(cls.title, source, problems)
+        return cls.from_json(json.dumps(mapping, allow_nan=False), source=source)
 
     @classmethod
     def make(cls, **fields: Any) -> Self:
@@ -89,7 +93,7 @@ class Document(BaseModel):
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise DocumentError(cls.title, "the value given", _problems(error)) from error
+            raise DocumentError(cls.title, GIVEN, _problems(error, fields)) from error
 
     def to_mapping(self) -> dict[str, Any]:
         """Give the document as plain JSON types."""
@@ -108,22 +112,57 @@ def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, A
     """Walk two JSON values and yield (path, ours, theirs) wherever they differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
-            yield from differences(ours.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+            yield from differences(ours.get(key), theirs.get(key), _joined(path, key))
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
-            yield from differences(left, right, f"{path}[{index}]")
+            yield from differences(left, right, _joined(path, index))
     elif ours != theirs:
         yield path, ours, theirs
 
 
-def _problems(error: ValidationError) -> tuple[Problem, ...]:
-    return tuple(
-        Problem(_path(item["loc"]), item["type"], item["msg"]) for item in error.errors(include_url=False)
-    )
+def _problems(error: ValidationError, value: Any) -> tuple[Problem, ...]:
+    found = [Problem(_path(item["loc"], value), item["type"], item["msg"]) for item in error.errors(include_url=False)]
+    return tuple(problem for problem in found if not _follows_from_others(problem, found))
 
 
-def _path(location: tuple[str | int, ...]) -> str:
+def _follows_from_others(problem: Problem, found: list[Problem]) -> bool:
+    """Pydantic calls a sequence too short once none of its items is valid; the items' own problems say it all."""
+    return problem.kind == "too_short" and any(other.path.startswith(f"{problem.path}[") for other in found)
+
+
+def _path(location: tuple[str | int, ...], value: Any) -> str:
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else (f".{part}" if path else part)
+        if isinstance(value, Mapping) and part not in value and value.get("kind") == part:
+            continue  # pydantic puts the member of a union that was meant between the field and the member's fields
+        path = _joined(path, part)
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            value = None
     return path
+
+
+def _joined(path: str, part: str | int) -> str:
+    return f"{path}[{part}]" if isinstance(part, int) else f"{path}.{part}" if path else part
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _not_json(value: Any, path: str = "") -> Iterator[Problem]:
+    """Find what JSON has no form for: TOML's dates and infinities, and whatever Python object was given."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_json(item, _joined(path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_json(item, _joined(path, index))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(path, "not_json", f"{value} is no number that JSON can hold")
+    elif value is not None and not isinstance(value, str | int | float):
+        yield Problem(path, "not_json", f"JSON has no {type(value).__name__}; write it as text")
