@@ -11,6 +11,7 @@ __all__ = ["LocalObjects", "Objects", "open_objects"]
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import pathlib
 import secrets
@@ -156,7 +157,8 @@ class LocalObjects:
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`; FileNotFoundError when nothing stands under `key`."""
-        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        _check_key(key)
+        descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY | os.O_CLOEXEC)  # no Path: this is called once a chunk
         try:
             # No more memory than the file can fill, whatever a damaged index asks for.
             length = min(length, os.fstat(descriptor).st_size - start)
@@ -186,13 +188,8 @@ class LocalObjects:
                 yield key
 
     def _path(self, key: str) -> pathlib.Path:
-        parts = key.split("/")
-        if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
-            raise KdcacheError(
-                f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
-                "such as plans/0.json"
-            )
-        return self._root.joinpath(*parts)
+        _check_key(key)
+        return self._root / key
 
     @contextlib.contextmanager
     def _partial(self, path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
@@ -209,6 +206,16 @@ class LocalObjects:
             yield partial
         finally:
             partial.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_key(key: str) -> None:
+    parts = key.split("/")
+    if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
+        raise KdcacheError(
+            f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
+            "such as plans/0.json"
+        )
 
 
 def _read_fully(descriptor: int, start: int, length: int) -> bytes:

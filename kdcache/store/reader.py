@@ -41,6 +41,9 @@ class _Recent(Generic[Value]):
         self._values: OrderedDict[int, tuple[Value, int]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[_Recent[Value]], tuple[int]]:
+        return type(self), (self._max_bytes,)
+
     def get(self, key: int) -> Value | None:
         with self._lock:
             if key not in self._values:

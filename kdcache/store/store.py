@@ -72,6 +72,9 @@ class CacheStore:
         """Give the store at an address; nothing is read or written yet."""
         return cls(open_objects(address))
 
+    def __reduce__(self) -> tuple[type[CacheStore], tuple[Objects]]:
+        return type(self), (self._objects,)
+
     def __repr__(self) -> str:
         return f"CacheStore({self.address!r})"
 
