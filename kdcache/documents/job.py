@@ -154,6 +154,10 @@ class StudentSweep(Factory):
     epochs: Positive = 20
     batch_size: Positive = 128
     optimizer: Optimizer = Optimizer()
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Reduced precision of the students' forward pass in training; weights and losses stay in float32."""
+    evaluation_epochs: Positive = 1
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
     bias_correction: bool = False
     """After training, match each class's mean softmax mass on the transfer set's inputs to its label frequency."""
 

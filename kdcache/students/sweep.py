@@ -63,7 +63,7 @@ def train_sweep(
     identity : mapping, optional
         What else decides the result, as JSON values: the digests of cache and transfer set.
     evaluation : Evaluation, optional
-        Examples to test on after every epoch. Nothing is chosen by them.
+        Examples to test on, every ``sweep.evaluation_epochs``. Nothing is chosen by them.
     correction : BiasCorrection, optional
         Applied after training.
     device : str
@@ -174,7 +174,8 @@ class _Run:
 
     def measure(self, training: Training, losses: EpochLosses, *, seconds: float) -> None:
         """Write the metrics of an epoch."""
-        scores = self._scores(training)
+        due = training.num_epochs % self.sweep.evaluation_epochs == 0 or training.num_epochs == self.sweep.epochs
+        scores = self._scores(training) if due else [None] * len(self.settings)
         self.metrics.append(
             [
                 self._line(index, student, training)

@@ -77,6 +77,7 @@ class Training:
         self.num_epochs = 0
         self._num_batches = num_batches
         self._device = torch.device(device)
+        self._autocast: torch.dtype | None = None if sweep.autocast is None else getattr(torch, sweep.autocast)
         self._optimizer = make_optimizer(sweep.optimizer, students.parameters())
         self._loss = SideBySideLoss(line_up(sweep), divergence=sweep.divergence, mean=sweep.mean, device=device)
 
@@ -119,7 +120,8 @@ class Training:
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, int]:
         inputs, labels, soft_targets = batch
-        logits = self.students(move(inputs, self._device))
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            logits = self.students(move(inputs, self._device))
         parts = self._loss(logits, soft_targets.to(self._device), move(labels, self._device))
         self._optimizer.zero_grad()
         torch.autograd.backward(parts.total.sum())

@@ -81,6 +81,11 @@ def test_there_is_one_metrics_line_an_epoch_and_student(train, folder):
     ]
 
 
+def test_evaluation_can_be_rarer_and_always_comes_at_the_end(train, folder, make_sweep, world):
+    train(sweep=make_sweep(epochs=5, evaluation_epochs=2), evaluation=world.evaluation)
+    assert [line["epoch"] for line in metrics(folder) if "test_errors" in line] == [2, 4, 5]
+
+
 def test_a_metrics_line_says_who_and_what(train, folder, world):
     train(evaluation=world.evaluation)
     line = metrics(folder)[2]

@@ -162,3 +162,31 @@ def test_a_schedule_reaches_its_end_after_the_last_step(schedule, end):
 def test_sgd_is_nesterov_with_momentum():
     optimizer = make_optimizer(Optimizer(kind="sgd", momentum=0.8), [torch.zeros(1, requires_grad=True)])
     assert (optimizer.defaults["nesterov"], optimizer.defaults["momentum"]) == (True, 0.8)
+
+
+class Recording(nn.Linear):
+    """A student that remembers the dtype of the logits it gave."""
+
+    def forward(self, inputs):
+        logits = super().forward(inputs)
+        self.dtype_seen = logits.dtype
+        return logits
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_forward_pass_has_the_precision_that_autocast_asks_for(make_sweep, loader, autocast, dtype):
+    training = trained(LoopedStudents, make_sweep(autocast=autocast), lambda: Recording(6, 3), loader)
+    assert training.students.modules[0].dtype_seen == dtype
+
+
+@pytest.mark.parametrize("kind", [StackedStudents, LoopedStudents])
+def test_weights_stay_in_float32_under_autocast(make_sweep, make_mlp, loader, kind):
+    training = trained(kind, make_sweep(autocast="bfloat16", seeds=(0, 1)), make_mlp, loader)
+    assert {tensor.dtype for tensor in training.students.state().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [StackedStudents, LoopedStudents])
+def test_students_come_out_nearly_the_same_under_autocast(make_sweep, make_mlp, loader, kind):
+    exact = trained(kind, make_sweep(seeds=(0, 1)), make_mlp, loader).students.state()
+    rough = trained(kind, make_sweep(seeds=(0, 1), autocast="bfloat16"), make_mlp, loader).students.state()
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.1)
