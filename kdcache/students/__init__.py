@@ -15,7 +15,6 @@ __all__ = [
     "StudentSettings",
     "line_up",
     "match_class_frequencies",
-    "read_metrics",
     "train_job",
     "train_sweep",
 ]
@@ -25,6 +24,5 @@ from kdcache.students.correction import BiasCorrection
 from kdcache.students.evaluation import Evaluation, Scores
 from kdcache.students.job import train_job
 from kdcache.students.lineup import StudentSettings, line_up
-from kdcache.students.metrics import read_metrics
 from kdcache.students.results import StudentResult
 from kdcache.students.sweep import Progress, train_sweep

@@ -6,7 +6,7 @@ covers are dropped when a run is resumed, so that no epoch stands twice.
 
 from __future__ import annotations
 
-__all__ = ["MetricsFile", "read_metrics"]
+__all__ = ["MetricsFile"]
 
 import json
 import math
@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import JobError
+from kdcache.report.metrics import Line, whole_lines
 from kdcache.store import LocalObjects
-
-Line = dict[str, Any]
 
 
 class MetricsFile:
@@ -44,7 +42,7 @@ class MetricsFile:
 
     def lines(self) -> list[Line]:
         """Read all whole lines."""
-        return _whole_lines(self.path) if self.path.exists() else []
+        return whole_lines(self.path) if self.path.exists() else []
 
     def keep_epochs(self, num_epochs: int) -> None:
         """Drop the lines of epochs after the first `num_epochs`, and a last line that was cut short."""
@@ -53,36 +51,6 @@ class MetricsFile:
         kept = [line for line in self.lines() if line["epoch"] <= num_epochs]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         LocalObjects(self.path.parent).replace(self.path.name, text.encode())
-
-
-def read_metrics(path: str | Path) -> list[Line]:
-    """Read a metrics file, or all those below a run's folder.
-
-    Parameters
-    ----------
-    path : str or Path
-        A ``metrics.jsonl``, or a folder with such files in it or below it.
-
-    Returns
-    -------
-    list of dict
-        The lines, file by file in the order of their paths.
-
-    Raises
-    ------
-    JobError
-        There is no such file.
-    """
-    path = Path(path)
-    files = sorted(path.rglob("metrics.jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise JobError(f"there are no metrics at {path}; `kdcache train` writes them below its output folder")
-    return [line for file in files for line in _whole_lines(file)]
-
-
-def _whole_lines(path: Path) -> list[Line]:
-    *whole, _ = path.read_bytes().split(b"\n")  # what follows the last newline is empty, or was cut short by a crash
-    return [json.loads(line) for line in whole]
 
 
 def _finite(line: Mapping[str, Any]) -> Line:

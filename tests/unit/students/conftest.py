@@ -25,14 +25,6 @@ class World(NamedTuple):
     evaluation: Evaluation
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
     rng = np.random.default_rng(0)

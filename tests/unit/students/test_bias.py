@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,7 +28,6 @@ def problems(draw) -> tuple[Tensor, Tensor]:
 
 
 @given(problems())
-@settings(deadline=None)
 def test_every_class_gets_its_frequency(problem):
     logits, frequencies = problem
     bias = match_class_frequencies(logits, frequencies)
@@ -36,7 +35,6 @@ def test_every_class_gets_its_frequency(problem):
 
 
 @given(problems(), st.data())
-@settings(deadline=None)
 def test_the_corrected_classes_get_their_frequencies(problem, data):
     logits, frequencies = problem
     num_classes = len(frequencies)
@@ -47,7 +45,6 @@ def test_the_corrected_classes_get_their_frequencies(problem, data):
 
 
 @given(problems(), st.data())
-@settings(deadline=None)
 def test_the_other_classes_keep_their_logits(problem, data):
     logits, frequencies = problem
     corrected = data.draw(st.integers(0, len(frequencies) - 1))
@@ -57,14 +54,12 @@ def test_the_other_classes_keep_their_logits(problem, data):
 
 
 @given(problems())
-@settings(deadline=None)
 def test_the_bias_of_all_classes_has_mean_0(problem):
     bias = match_class_frequencies(*problem)
     assert float(bias.mean()) == pytest.approx(0, abs=1e-4)
 
 
 @given(problems(), st.integers(-50, 50))
-@settings(deadline=None)
 @example((torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([0.2, 0.3, 0.5])), 5)
 def test_a_shift_of_the_logits_changes_nothing(problem, shift):
     logits, frequencies = problem

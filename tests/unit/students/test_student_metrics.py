@@ -4,8 +4,6 @@ import math
 
 import pytest
 
-from kdcache.errors import JobError
-from kdcache.students import read_metrics
 from kdcache.students.metrics import MetricsFile
 
 
@@ -52,19 +50,3 @@ def test_a_line_cut_short_is_dropped_with_them(file):
 def test_dropping_from_a_file_that_does_not_exist_makes_none(file):
     file.keep_epochs(1)
     assert not file.path.exists()
-
-
-def test_the_metrics_of_a_whole_run_are_read_from_its_folder(tmp_path):
-    for name in ("b", "a"):
-        MetricsFile(tmp_path / "students" / name / "metrics.jsonl").append([{"epoch": 1, "sweep": name}])
-    assert [line["sweep"] for line in read_metrics(tmp_path)] == ["a", "b"]
-
-
-def test_metrics_are_read_from_a_file(file):
-    file.append([{"epoch": 1}])
-    assert read_metrics(file.path) == [{"epoch": 1}]
-
-
-def test_a_folder_without_metrics_is_a_job_error(tmp_path):
-    with pytest.raises(JobError, match="no metrics"):
-        read_metrics(tmp_path)
