@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.transfer_set.digests import DIGEST_BYTES, input_digest, row_digests
-from kdcache.transfer_set.sources import ArraySource, DatasetSource, Source, TableSource
+from kdcache.transfer_set.sources import ArraySource, DatasetSource, Source, TableSource, open_table
 from kdcache.transfer_set.views import Views, view_generator
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ class TransferSet:
         Parameters
         ----------
         table : path, paths, pyarrow.Table or pyarrow.dataset.Dataset
-            Files are opened with pyarrow.dataset; folders and partitions work.
+            Files are opened with pyarrow.dataset; folders and partitions work. A file named .arrow, .feather or .ipc is
+            read as Arrow IPC, others and folders as Parquet.
         id_column, label_column, num_rows_column : str
             Columns that are read whole when the set is made.
         input_columns : str or sequence of str
@@ -140,11 +141,9 @@ class TransferSet:
         Raises
         ------
         TransferSetError
-            A column is missing or of the wrong type.
+            The table cannot be opened, or a column is missing or of the wrong type.
         """
-        import pyarrow.dataset as pads  # noqa: PLC0415 - only table sources need Arrow
-
-        dataset = table if isinstance(table, pads.Dataset) else pads.dataset(table)
+        dataset = open_table(table)
         columns = [input_columns] if isinstance(input_columns, str) else list(input_columns)
         wanted = [name for name in (id_column, label_column, num_rows_column, *columns) if name is not None]
         missing = [name for name in wanted if name not in dataset.schema.names]
@@ -195,7 +194,7 @@ class TransferSet:
         if not self.digests_inputs:
             return None
         if isinstance(self._source, ArraySource):
-            return row_digests(self._source.inputs.numpy())
+            return row_digests(self._source.inputs)
         return self._scan[2]
 
     @functools.cached_property

@@ -42,20 +42,21 @@ def input_digest(value: Any) -> bytes:
     return hasher.digest()
 
 
-def row_digests(values: np.ndarray) -> np.ndarray:
+def row_digests(values: np.ndarray | torch.Tensor) -> np.ndarray:
     """Digest each row of an array as `input_digest` would digest ``values[i]``.
 
     Parameters
     ----------
-    values : ndarray [example, ...]
+    values : ndarray or Tensor [example, ...]
 
     Returns
     -------
     ndarray [example, 16] uint8
     """
-    header = hashlib.blake2b(_array_header(values.dtype, values.shape[1:]), digest_size=DIGEST_BYTES)
-    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
-    digests = np.empty((len(values), DIGEST_BYTES), np.uint8)
+    array = _as_array(values)
+    header = hashlib.blake2b(_array_header(array.dtype, array.shape[1:]), digest_size=DIGEST_BYTES)
+    rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+    digests = np.empty((len(array), DIGEST_BYTES), np.uint8)
     for index, row in enumerate(rows):
         hasher = header.copy()
         hasher.update(row.data)
@@ -102,9 +103,8 @@ def _as_array(value: Any) -> np.ndarray:
             "arrays, tensors, text, bytes, numbers, or mappings and sequences of these, or make the TransferSet with "
             "digest_inputs=False (changed inputs are then not noticed)"
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def _array_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    little = dtype.newbyteorder("<").str
-    return f"array|{little}|{shape}|".encode()
+    return f"array|{dtype.str}|{shape}|".encode()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["ArraySource", "DatasetSource", "Example", "Source", "TableSource"]
+__all__ = ["ArraySource", "DatasetSource", "Example", "Source", "TableSource", "open_table"]
 
 import bisect
 import functools
 import itertools
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -43,7 +45,7 @@ class ArraySource:
     """Inputs that stand in one array or tensor [example, ...]."""
 
     def __init__(self, inputs: np.ndarray | torch.Tensor) -> None:
-        self.inputs = torch.as_tensor(inputs)
+        self.inputs = _as_tensor(inputs)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -82,7 +84,7 @@ class DatasetSource:
         if isinstance(item, Mapping):
             return self._from_mapping(item, index)
         if isinstance(item, tuple | list):
-            return self._from_sequence(item)
+            return self._from_sequence(item, index)
         return Example(item, None, None)
 
     def _from_mapping(self, item: Mapping[Any, Any], index: int) -> Example:
@@ -97,13 +99,16 @@ class DatasetSource:
         label = None if self.label_key is None else as_label(item[self.label_key], index)
         return Example(item[self.input_key], label, None if self.id_key is None else as_id(item[self.id_key], index))
 
-    def _from_sequence(self, item: Sequence[Any]) -> Example:
+    def _from_sequence(self, item: Sequence[Any], index: int) -> Example:
         input_key = 0 if self.input_key is None else int(self.input_key)
         label_key = self.label_key
         if label_key is None and len(item) > 1 and _is_integer(item[1]):
             label_key = 1
-        label = None if label_key is None else int(item[int(label_key)])
-        return Example(item[input_key], label, None if self.id_key is None else as_id(item[int(self.id_key)], None))
+        keys = [int(key) for key in (input_key, label_key, self.id_key) if key is not None]
+        if max(keys) >= len(item):
+            raise TransferSetError(f"example {index} has {len(item)} items, so there is no item {max(keys)}")
+        label = None if label_key is None else as_label(item[int(label_key)], index)
+        return Example(item[input_key], label, None if self.id_key is None else as_id(item[int(self.id_key)], index))
 
 
 class TableSource:
@@ -125,7 +130,7 @@ class TableSource:
         self._decode = decode
         self._num_kept_groups = num_kept_groups
         self._groups = list(_row_groups(dataset))
-        counts = [group.count_rows() for group in self._groups]
+        counts = [_num_rows(group) for group in self._groups]
         self._starts: list[int] = [0, *itertools.accumulate(counts)]
         self._group = functools.lru_cache(num_kept_groups)(self._read_group)
 
@@ -150,6 +155,29 @@ class TableSource:
         return {name: _cells(table.column(name)) for name in self._columns}
 
 
+def open_table(table: Any) -> Any:
+    """Open a table as a pyarrow.dataset.Dataset; files named .arrow, .feather or .ipc are Arrow IPC, others Parquet.
+
+    Raises
+    ------
+    TransferSetError
+        It cannot be opened.
+    """
+    import pyarrow as pa  # noqa: PLC0415 - only table sources need Arrow
+    import pyarrow.dataset as pads  # noqa: PLC0415 - only table sources need Arrow
+
+    if isinstance(table, pads.Dataset):
+        return table
+    if isinstance(table, pa.Table):
+        return pads.dataset(table)
+    paths = [table] if isinstance(table, str | os.PathLike) else list(table)
+    is_ipc = all(os.fspath(path).endswith((".arrow", ".feather", ".ipc")) for path in paths)
+    try:
+        return pads.dataset(table, format="ipc" if is_ipc else "parquet")
+    except (OSError, pa.ArrowException) as error:
+        raise TransferSetError(f"the table {table} cannot be opened: {error}") from error
+
+
 def _picklable(dataset: Any) -> Any:
     import pyarrow.dataset as pads  # noqa: PLC0415 - only table sources need Arrow
 
@@ -157,10 +185,7 @@ def _picklable(dataset: Any) -> Any:
 
 
 def _restore_table(table: Any, columns: list[str], decode: Any, num_kept_groups: int) -> TableSource:
-    import pyarrow.dataset as pads  # noqa: PLC0415 - only table sources need Arrow
-
-    dataset = table if isinstance(table, pads.Dataset) else pads.dataset(table)
-    return TableSource(dataset, input_columns=columns, decode=decode, num_kept_groups=num_kept_groups)
+    return TableSource(open_table(table), input_columns=columns, decode=decode, num_kept_groups=num_kept_groups)
 
 
 def _row_groups(dataset: Any) -> Any:
@@ -169,6 +194,12 @@ def _row_groups(dataset: Any) -> Any:
             yield from fragment.split_by_row_group()
         else:
             yield fragment
+
+
+def _num_rows(group: Any) -> int:
+    # pyarrow counts the rows of a Parquet fragment's whole file, even where the fragment is one row group of it
+    counts: list[int] = [info.num_rows for info in group.row_groups] if hasattr(group, "row_groups") else []
+    return sum(counts) if counts else int(group.count_rows())
 
 
 def _cells(column: pa.ChunkedArray) -> Sequence[Any]:
@@ -186,6 +217,22 @@ def _cells(column: pa.ChunkedArray) -> Sequence[Any]:
         return [np.array(cell.values.to_numpy(zero_copy_only=False)) for cell in array]
     cells: list[Any] = array.to_pylist()
     return cells
+
+
+def _as_tensor(inputs: np.ndarray | torch.Tensor) -> torch.Tensor:
+    if isinstance(inputs, torch.Tensor):
+        return inputs.detach()
+    array = np.asarray(inputs)
+    if array.dtype.kind not in "biufc":
+        raise TransferSetError(
+            f"an array of inputs has dtype {array.dtype}; numbers are needed. Give others as a map-style dataset, such "
+            "as TransferSet(list_of_inputs)"
+        )
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))  # torch takes no others
+    with warnings.catch_warnings():  # inputs are never written to
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array)
 
 
 def as_label(value: Any, index: int | None) -> int:
