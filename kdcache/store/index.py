@@ -23,9 +23,9 @@ from kdcache.store.examples import ExampleTable, normal_ids
 from kdcache.store.reader import ShardedReader, by_chunk
 from kdcache.store.shards import ShardSpec
 
-CHUNK_ENTRIES = 4096
+CHUNK_ENTRIES = 512
 """Entries read and checked together: 128 KiB, and fences of 40 kB for ten million examples."""
-SHARD_CHUNKS = 64
+SHARD_CHUNKS = 512
 _FIELDS = ("key", "check", "first_row", "num_rows")
 _NAMED = 5
 
