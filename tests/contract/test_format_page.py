@@ -1,0 +1,104 @@
+"""The format page lets a stranger decode a cache with NumPy and Zarr alone."""
+
+import pathlib
+import re
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from torch import nn
+
+import kdcache
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "format.md"
+LADDER = (1.0, 2.0, 4.0, 8.0, 20.0)
+
+
+class Rounded(nn.Module):
+    """A teacher whose logits fit a smaller type."""
+
+    def __init__(self, network, dtype):
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+
+    def forward(self, inputs):
+        return self.network(inputs).to(self.dtype).float()
+
+
+CODECS = {
+    "float32": kdcache.Lossless(dtype="float32"),
+    "float16": kdcache.Lossless(dtype="float16"),
+    "bfloat16": kdcache.Lossless(dtype="bfloat16"),
+    "uint8 companded": kdcache.Codes(dtype="uint8", spacing="companded"),
+    "uint8 uniform": kdcache.Codes(dtype="uint8", spacing="uniform"),
+    "uint16 companded": kdcache.Codes(dtype="uint16", spacing="companded"),
+}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[0]
+
+
+@pytest.fixture(scope="module")
+def read_soft_targets(decoder):
+    names = {}
+    exec(decoder, names)  # noqa: S102 - the text of our own page, as its readers would run it
+    return names["read_soft_targets"]
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def cache(request, tmp_path_factory, digits, digit_teachers):
+    network = digit_teachers["seed-0"]
+    if request.param in {"float16", "bfloat16"}:
+        network = Rounded(network, getattr(torch, request.param))
+    path = tmp_path_factory.mktemp("caches") / "cache"
+    return kdcache.build_cache(
+        path, digits.transfer_set, {"a": network}, codec=CODECS[request.param], shard_rows=1024, chunk_rows=128
+    )
+
+
+def test_the_decoder_takes_at_most_thirty_lines(decoder):
+    assert len(decoder.strip().splitlines()) <= 30
+
+
+def test_the_decoder_uses_only_numpy_zarr_and_the_standard_library(decoder):
+    assert set(re.findall(r"^(?:import|from) (\w+)", decoder, flags=re.MULTILINE)) <= {
+        "json",
+        "pathlib",
+        "numpy",
+        "zarr",
+    }
+
+
+@pytest.mark.parametrize("temperature", LADDER)
+def test_a_stranger_reads_the_soft_targets_that_kdcache_reads(cache, read_soft_targets, temperature):
+    ids = pyarrow.parquet.read_table(f"{cache.address}/examples.parquet")["example_id"].to_numpy()
+    expected = cache.read(ids).probabilities(temperature)
+    found = read_soft_targets(cache.address, "a", temperature)
+    assert found.shape == (1, len(ids), 10)
+    np.testing.assert_allclose(found[0], expected.numpy(), rtol=2e-5, atol=1e-9)
+
+
+def test_a_stranger_is_told_of_a_row_that_was_never_written(cache, read_soft_targets, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(cache.address, copy)
+    (copy / "teachers/a/codes/c/1/0").unlink()
+    with pytest.raises(ValueError, match="a row was never written"):
+        read_soft_targets(str(copy), "a", 1.0)
+
+
+def test_a_stranger_is_told_of_a_cache_that_is_not_complete(read_soft_targets, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"complete\.json"):
+        read_soft_targets(str(tmp_path), "a", 1.0)
+
+
+def test_every_path_that_the_page_names_stands_in_a_cache(cache):
+    folder = pathlib.Path(cache.address)
+    named = ["zarr.json", "plans/0.json", "examples.parquet", "index/entries", "index/fences", "complete.json"]
+    named += ["teachers/a/zarr.json", "teachers/a/codes", "teachers/a/codes/c/0/0", "commits/a/0.json"]
+    assert [name for name in named if not (folder / name).exists()] == []
