@@ -4,42 +4,23 @@ from __future__ import annotations
 
 __all__ = ["BuildProgress", "build_cache", "plan_cache"]
 
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
+from kdcache.build.draft import Address, Draft, PlanOptions, Teachers, make_draft
 from kdcache.build.executors import Executor, open_executor
 from kdcache.build.finalise import finalise
-from kdcache.build.inference import BatchLogits, Inputs
-from kdcache.build.pilot import Forecast, Pilot, run_pilot
-from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
-from kdcache.build.rows import BatchKey, RowMap
+from kdcache.build.pilot import Forecast, Pilot
+from kdcache.build.plan import Merge, refuse_other_plan
 from kdcache.build.task import remaining_shards
-from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
-from kdcache.build.work import MERGED_NAME, StoredTeacher, Work
+from kdcache.build.teachers import Autocast
+from kdcache.build.work import MERGED_NAME, StoredTeacher
 from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.codecs import codec_for
-from kdcache.documents import (
-    CodecSpec,
-    Codes,
-    ExecutorSpec,
-    Fingerprint,
-    InProcess,
-    PlanDocument,
-    Record,
-    TeacherDocument,
-)
-from kdcache.errors import CacheExistsError, JobError
-from kdcache.store import CacheStore, ExampleTable
+from kdcache.documents import CodecSpec, ExecutorSpec, InProcess, PlanDocument, Record, TeacherDocument
+from kdcache.store import ExampleTable
 from kdcache.transfer_set import TransferSet
-
-Teachers = Mapping[str, nn.Module | Teacher] | Sequence[Teacher]
-Address = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +128,15 @@ def build_cache(
     >>> cache.read([7]).probabilities(temperature=4.0).shape
     torch.Size([1, 3])
     """
-    draft = _draft(
-        address, transfer_set, teachers, codec=codec, num_classes=num_classes, merge=merge, weights=weights,
-        shard_rows=shard_rows, chunk_rows=chunk_rows, batch_size=batch_size, num_pilot_rows=num_pilot_rows,
-        device=device, autocast=autocast, num_workers=num_workers, add_teachers=add_teachers,
+    options = PlanOptions(
+        codec=codec, num_classes=num_classes, merge=merge, weights=weights, shard_rows=shard_rows,
+        chunk_rows=chunk_rows, batch_size=batch_size, num_pilot_rows=num_pilot_rows, device=device,
+        autocast=autocast, num_workers=num_workers, add_teachers=add_teachers,
     )  # fmt: skip
-    chosen = open_executor(executor or InProcess())
-    report = on_progress or (lambda _: None)
+    draft = make_draft(address, transfer_set, teachers, options)
     if not draft.is_complete:
-        _carry_out(draft, chosen, report)
+        with open_executor(executor or InProcess()) as opened:
+            _carry_out(draft, opened, on_progress or (lambda _: None))
     return open_cache(address)
 
 
@@ -163,13 +144,15 @@ def plan_cache(
     address: Address,
     transfer_set: TransferSet,
     teachers: Teachers,
+    *,
+    executor: ExecutorSpec | Executor | None = None,
     **options: Any,
 ) -> Forecast:
     """Plan a build and run its pilot, without writing anything.
 
     Parameters
     ----------
-    address, transfer_set, teachers, **options
+    address, transfer_set, teachers, executor, **options
         As of `build_cache`.
 
     Returns
@@ -182,70 +165,14 @@ def plan_cache(
     KdcacheError
         Whatever would stop the build at its start.
     """
-    draft = _draft(address, transfer_set, teachers, **options)
-    pilots = [_pilot(draft, stored) for stored in draft.work.teachers]
+    draft = make_draft(address, transfer_set, teachers, PlanOptions(**options))
+    with open_executor(executor or InProcess()) as opened:
+        pilots = [opened.pilot(draft.work, stored.name) for stored in draft.work.teachers]
     return Forecast(str(address), draft.plan, tuple(pilot.forecast for pilot in pilots))
 
 
-@dataclass(frozen=True, eq=False)
-class _Draft:
-    """A build that is about to start: nothing has been written."""
-
-    store: CacheStore
-    plan_index: int
-    work: Work
-    is_complete: bool
-
-    @property
-    def plan(self) -> PlanDocument:
-        return self.work.plan
-
-
-def _draft(
-    address: Address,
-    transfer_set: TransferSet,
-    teachers: Teachers,
-    *,
-    codec: CodecSpec | None = None,
-    num_classes: int | None = None,
-    merge: Merge = None,
-    weights: Sequence[float] | None = None,
-    shard_rows: int | None = None,
-    chunk_rows: int | None = None,
-    batch_size: int | None = None,
-    num_pilot_rows: int | None = None,
-    device: str = "auto",
-    autocast: Autocast = None,
-    num_workers: int = 0,
-    add_teachers: bool = False,
-) -> _Draft:
-    members = _as_teachers(teachers, device=device, autocast=autocast)
-    store = CacheStore.at(address)
-    plans = store.plans()
-    if not plans and any(True for _ in store.objects.list("")):
-        raise CacheExistsError(
-            f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"
-        )
-    fingerprints = tuple(member.fingerprint for member in members)
-    if num_classes is None:
-        standing_classes = plans[-1].cache.num_classes if plans else None
-        num_classes = standing_classes or _probe_classes(members[0], transfer_set)
-    proposed = make_plan(
-        transfer_set, fingerprints, codec=codec or Codes(), num_classes=num_classes, merge=merge,
-        weights=_normalised(weights, len(members)) if merge else None, shard_rows=shard_rows, chunk_rows=chunk_rows,
-        batch_size=batch_size, num_pilot_rows=num_pilot_rows,
-    )  # fmt: skip
-    plan, plan_index = _choose_plan(plans, proposed, add_teachers=add_teachers)
-    folders = dict.fromkeys(str(member.folder) for member in members if isinstance(member, SourcedTeacher))
-    work = Work(
-        store.address, plan, transfer_set, _stored_teachers(plan, members), num_workers, (*folders, str(Path.cwd()))
-    )
-    complete = store.complete()
-    return _Draft(store, plan_index, work, complete is not None and complete.plan_digest == plan.digest())
-
-
-def _carry_out(draft: _Draft, executor: Executor, report: Callable[[BuildProgress], None]) -> None:
-    _publish_plan(draft, report)
+def _carry_out(draft: Draft, executor: Executor, report: Callable[[BuildProgress], None]) -> None:
+    _publish_plan(draft, executor, report)
     names = [stored.name for stored in draft.work.teachers]
     cache = draft.plan.cache
     tasks = {name: remaining_shards(draft.store, cache, name) for name in names}
@@ -263,7 +190,7 @@ def _carry_out(draft: _Draft, executor: Executor, report: Callable[[BuildProgres
     report(BuildProgress("finalise", names[-1], done, total))
 
 
-def _publish_plan(draft: _Draft, report: Callable[[BuildProgress], None]) -> None:
+def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgress], None]) -> None:
     """Run the pilots that are missing, then write plan, root, examples, index and teachers, in this order.
 
     All pilots run before the first write, so that a teacher that cannot be cached leaves nothing behind.
@@ -273,8 +200,7 @@ def _publish_plan(draft: _Draft, report: Callable[[BuildProgress], None]) -> Non
     for stored in draft.work.teachers:
         if draft.store.teacher(stored.name) is None:
             report(BuildProgress("pilot", stored.name, 0, total))
-            pilots[stored.name] = _pilot(draft, stored)
-            draft.work.pilot[stored.name] = pilots[stored.name].kept
+            pilots[stored.name] = executor.pilot(draft.work, stored.name)
     store, plan = draft.store, draft.plan
     if not store.publish_plan(draft.plan_index, plan):
         refuse_other_plan(store.plans()[draft.plan_index], plan)
@@ -293,7 +219,10 @@ def _publish_plan(draft: _Draft, report: Callable[[BuildProgress], None]) -> Non
         _publish_teacher(draft, stored, pilots.get(stored.name))
 
 
-def _publish_teacher(draft: _Draft, stored: StoredTeacher, pilot: Pilot | None) -> None:
+def _publish_teacher(draft: Draft, stored: StoredTeacher, pilot: Pilot | None) -> None:
+    standing = draft.store.teacher(stored.name)
+    if standing is not None:  # written by a build that may have stopped before it wrote the array's metadata
+        draft.store.publish_teacher(standing, draft.store.parameters(standing))
     if pilot is None:
         return
     codec = codec_for(draft.plan.codec, draft.plan.cache.num_classes)
@@ -311,76 +240,5 @@ def _publish_teacher(draft: _Draft, stored: StoredTeacher, pilot: Pilot | None) 
     draft.store.publish_teacher(document, pilot.parameters)
 
 
-def _pilot(draft: _Draft, stored: StoredTeacher) -> Pilot:
-    return run_pilot(stored, draft.work.inputs)
-
-
-def _choose_plan(
-    plans: Sequence[PlanDocument], proposed: PlanDocument, *, add_teachers: bool
-) -> tuple[PlanDocument, int]:
-    if not plans:
-        return proposed, 0
-    standing = plans[-1]
-    if not add_teachers:
-        refuse_other_plan(standing, proposed)
-        return standing, len(plans) - 1
-    extended = extend_plan(standing, proposed)
-    return extended, len(plans) - 1 if extended == standing else len(plans)
-
-
-def _stored_teachers(plan: PlanDocument, members: Sequence[Teacher]) -> tuple[StoredTeacher, ...]:
-    if plan.cache.merge is None:
-        return tuple(StoredTeacher(member.fingerprint.name, member, (member.fingerprint,)) for member in members)
-    weights = plan.weights or tuple(1 / len(members) for _ in members)
-    merged = MergedTeacher(tuple(members), weights)
-    return (StoredTeacher(MERGED_NAME, merged, tuple(member.fingerprint for member in members)),)
-
-
 def _stored_names(plan: PlanDocument) -> list[str]:
     return [teacher.name for teacher in plan.teachers] if plan.cache.merge is None else [MERGED_NAME]
-
-
-def _as_teachers(teachers: Teachers, *, device: str, autocast: Autocast) -> tuple[Teacher, ...]:
-    if not isinstance(teachers, Mapping):
-        members = tuple(teachers)
-    else:
-        members = tuple(
-            ModuleTeacher(name, value, device, autocast) if isinstance(value, nn.Module) else value
-            for name, value in teachers.items()
-        )
-    if not members:
-        raise JobError("no teachers were given; a cache needs at least one. Nothing was written")
-    for member in members:
-        if not isinstance(member, Teacher):
-            raise JobError(
-                f"a teacher is a {type(member).__qualname__}; give torch modules by name, or objects with "
-                "`fingerprint` and `running()`. Nothing was written"
-            )
-    return members
-
-
-def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...] | None:
-    if weights is None:
-        return None
-    total = math.fsum(weights)
-    if len(weights) != count or min(weights) < 0 or not math.isfinite(total) or total <= 0:
-        raise JobError(
-            f"weights {list(weights)} do not fit {count} teachers: give one number of at least 0 each, not all 0. "
-            "Nothing was written"
-        )
-    return tuple(weight / total for weight in weights)
-
-
-def _probe_classes(teacher: Teacher, transfer_set: TransferSet) -> int:
-    """Run a teacher on one example to learn how many classes it has."""
-    fingerprint = teacher.fingerprint
-    plan = _probe_plan(transfer_set, fingerprint)
-    inputs = Inputs(transfer_set, RowMap(plan, transfer_set.num_rows))
-    with teacher.running() as run:
-        batches = BatchLogits(fingerprint.name, run, inputs, num_classes=None)
-        logits = next(batches.stream([BatchKey(0, 0)]))
-    return int(logits.shape[1])
-
-
-def _probe_plan(transfer_set: TransferSet, fingerprint: Fingerprint) -> PlanDocument:
-    return make_plan(transfer_set, [fingerprint], codec=Codes(), num_classes=1, batch_size=1, num_pilot_rows=1)

@@ -7,7 +7,7 @@ __all__ = ["Layout", "choose_layout", "extend_plan", "make_plan", "refuse_other_
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -147,9 +147,7 @@ def refuse_other_plan(standing: PlanDocument, proposed: PlanDocument) -> None:
     PlanMismatchError
         Prints every field that differs, from both sides, and the ways out.
     """
-    theirs = {**standing.to_mapping(), "previous": None}
-    ours = {**proposed.to_mapping(), "previous": None}
-    found = list(differences(ours, theirs))
+    found = list(differences(_comparable(proposed), _comparable(standing)))
     if not found:
         return
     lines = "\n".join(f"  {path}: now {_short(mine)}, in the cache {_short(other)}" for path, mine, other in found)
@@ -157,6 +155,13 @@ def refuse_other_plan(standing: PlanDocument, proposed: PlanDocument) -> None:
         f"the cache was planned otherwise; {len(found)} difference(s):\n{lines}\n"
         f"{_advice([path for path, _, _ in found])} Nothing was changed."
     )
+
+
+def _comparable(plan: PlanDocument) -> dict[str, Any]:
+    """Name the teachers, so that one that changed is held against itself and not against its neighbour."""
+    mapping = plan.to_mapping()
+    teachers = {teacher["name"]: teacher for teacher in mapping["teachers"]}
+    return {**mapping, "teachers": teachers, "ensemble": list(teachers), "previous": None}
 
 
 def _advice(paths: list[str]) -> str:
@@ -170,7 +175,7 @@ def _advice(paths: list[str]) -> str:
             "A teacher's weights changed under the same name. Give the old checkpoint, or give the new one a new name "
             "and add it (add_teachers=True, --add-teachers), or build at a new address."
         )
-    if any(path.startswith("teachers") for path in paths):
+    if any(path.startswith(("teachers", "ensemble")) for path in paths):
         return "To add teachers to the cache say so (add_teachers=True, --add-teachers), or build at a new address."
     return "Use the same options to go on with this cache, or build at a new address."
 

@@ -23,8 +23,9 @@ AddTeachers = Annotated[bool, typer.Option("--add-teachers", help="Add the job's
 
 def plan(job: JobFile, json: Json = False, add_teachers: AddTeachers = False) -> None:
     """Show what a build would write: rows, shards, and the pilot's forecast of size, fidelity and time."""
-    forecast = plan_cache(**_arguments(jobs.read_job(job)), add_teachers=add_teachers)
-    _print_forecast(forecast, json=json)
+    loaded = jobs.read_job(job)
+    executor = loaded.job.build.executor
+    _print_forecast(plan_cache(**_arguments(loaded), executor=executor, add_teachers=add_teachers), json=json)
 
 
 def build(
@@ -37,10 +38,10 @@ def build(
 ) -> None:
     """Build the job's cache, or go on with it after a stop."""
     loaded = jobs.read_job(job)
-    if dry_run:
-        _print_forecast(plan_cache(**_arguments(loaded), add_teachers=add_teachers), json=json)
-        return
     executor = _executor(loaded, workers=workers, dask=dask)
+    if dry_run:
+        _print_forecast(plan_cache(**_arguments(loaded), executor=executor, add_teachers=add_teachers), json=json)
+        return
     with progress_bar("rows") as show:
 
         def on_progress(step: BuildProgress) -> None:
@@ -82,6 +83,7 @@ def _arguments(loaded: LoadedJob) -> dict[str, Any]:
             SourcedTeacher(source, loaded.folder, job.build.device, job.build.autocast) for source in job.teachers
         ],
         "codec": job.cache.codec,
+        "num_classes": job.cache.num_classes,
         "merge": job.cache.merge,
         "shard_rows": job.cache.shard_rows,
         "chunk_rows": job.cache.chunk_rows,

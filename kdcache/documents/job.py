@@ -102,6 +102,8 @@ class CacheOptions(Document):
 
     address: Annotated[str, Field(min_length=1)]
     """A folder, relative to the job file."""
+    num_classes: Positive | None = None
+    """Classes of every teacher; found by running the first teacher on one example where absent."""
     codec: CodecSpec = Codes()
     merge: Literal["geometric"] | None = None
     shard_rows: Positive | None = None

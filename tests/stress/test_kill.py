@@ -19,8 +19,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def write_job(folder: Path, cache: str, *, flag: Path | None = None, seconds: float = 0.02) -> Path:
-    killer = f'factory = "slow_job:killer"\narguments = {{ seed = 1, flag = "{flag}", at = 5, seconds = {seconds} }}'
+def write_job(folder: Path, cache: str, *, flag: Path | None = None, at: int = 0, seconds: float = 0.02) -> Path:
+    killer = f'factory = "slow_job:killer"\narguments = {{ seed = 1, flag = "{flag}", at = {at}, seconds = {seconds} }}'
     plain = f'factory = "slow_job:teacher"\narguments = {{ seed = 1, seconds = {seconds} }}'
     job = folder / f"{cache}.toml"
     (folder / "slow_job.py").write_text((FIXTURES / "slow_job.py").read_text())
@@ -73,9 +73,10 @@ def test_a_killed_build_is_finished_by_the_same_command_with_equal_data(tmp_path
     assert verify_cache(tmp_path / "cache").is_sound
 
 
-def test_a_local_cluster_outlives_a_killed_worker_with_equal_data(tmp_path, undisturbed):
+@pytest.mark.parametrize("at", [5, 24], ids=["in the pilot", "in the tasks"])
+def test_a_local_cluster_outlives_a_killed_worker_with_equal_data(tmp_path, undisturbed, at):
     flag = tmp_path / "killed"
-    result = finish(build(write_job(tmp_path, "cache", flag=flag), "--workers", "2"))
+    result = finish(build(write_job(tmp_path, "cache", flag=flag, at=at), "--workers", "2"))
     assert flag.exists()
     assert result["data_digest"] == undisturbed
     assert verify_cache(tmp_path / "cache").is_sound

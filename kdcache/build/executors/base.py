@@ -5,14 +5,33 @@ from __future__ import annotations
 __all__ = ["Executor"]
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
+from kdcache.build.pilot import Pilot
 from kdcache.build.work import Work
 from kdcache.documents import Record
 
 
 class Executor(Protocol):
-    """Runs tasks somewhere. What is done is read from the store, never from an executor."""
+    """Runs pilots and tasks somewhere. What is done is read from the store, never from an executor.
+
+    A context manager: what it starts when it is entered, such as a cluster, it stops when it is left.
+    """
+
+    def __enter__(self) -> Self:
+        """Start what is needed."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop what was started."""
+        ...
+
+    def pilot(self, work: Work, name: str) -> Pilot:
+        """Run one stored teacher on the pilot and fit its codec; see `run_pilot`."""
+        ...
 
     def run(self, work: Work, tasks: Mapping[str, Sequence[int]], on_record: Callable[[Record], None]) -> None:
         """Run the tasks of each stored teacher, calling `on_record` for each that ends, in any order.

@@ -14,8 +14,9 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
 
 import cloudpickle
 import torch
@@ -23,6 +24,7 @@ from distributed import Client, LocalCluster, as_completed
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
 
+from kdcache.build.pilot import Pilot, run_pilot
 from kdcache.build.work import Work
 from kdcache.documents import DaskCluster, DaskJobqueue, DaskLocal, Record
 from kdcache.errors import ExecutorError, MissingExtraError
@@ -45,6 +47,35 @@ class DaskExecutor:
 
     def __init__(self, spec: ClusterSpec) -> None:
         self._spec = spec
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Connect to the cluster, starting it where it is ours."""
+        self._client = self._stack.enter_context(open_client(self._spec))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Disconnect, and stop the cluster where it is ours."""
+        self._stack.close()
+
+    def pilot(self, work: Work, name: str) -> Pilot:
+        """Run the pilot on a worker, on another one where the first is lost."""
+        lost: Exception | None = None
+        for _ in range(MAX_FRUITLESS_ROUNDS):
+            sent = self._client.scatter(_Parcel.of(work), broadcast=True, hash=False)
+            future = self._client.submit(_run_pilot, sent, name, pure=False, resources=self._resources)
+            try:
+                pilot: Pilot = future.result()
+            except (KilledWorker, FutureCancelledError) as error:
+                lost = error
+            else:
+                return pilot
+        raise ExecutorError(
+            f"the pilot of teacher {name!r} was lost with its workers {MAX_FRUITLESS_ROUNDS} times: {lost}. Nothing of "
+            "this teacher was written. Look at the workers' logs (memory?), then run the same command again"
+        ) from lost
 
     def run(self, work: Work, tasks: Mapping[str, Sequence[int]], on_record: Callable[[Record], None]) -> None:
         """Run all tasks; see `Executor.run`."""
@@ -52,11 +83,10 @@ class DaskExecutor:
         if not remaining:
             return
         fruitless, last_loss = 0, ""
-        with open_client(self._spec) as client:
-            while remaining and fruitless < MAX_FRUITLESS_ROUNDS:
-                before = len(remaining)
-                last_loss = self._round(client, work, remaining, on_record) or last_loss
-                fruitless = fruitless + 1 if len(remaining) == before else 0
+        while remaining and fruitless < MAX_FRUITLESS_ROUNDS:
+            before = len(remaining)
+            last_loss = self._round(self._client, work, remaining, on_record) or last_loss
+            fruitless = fruitless + 1 if len(remaining) == before else 0
         if remaining:
             shown = ", ".join(f"{name}/{shard}" for name, shard in sorted(remaining)[:5])
             raise ExecutorError(
@@ -87,11 +117,14 @@ class DaskExecutor:
 
     def _submit(self, client: Client, work: Work, remaining: set[tuple[str, int]]) -> list[Any]:
         sent = client.scatter(_Parcel.of(work), broadcast=True, hash=False)
-        resources = getattr(self._spec, "resources", None) or None
         return [
-            client.submit(_run_span, sent, name, shards, pure=False, resources=resources)
+            client.submit(_run_span, sent, name, shards, pure=False, resources=self._resources)
             for name, shards in spans(work, remaining)
         ]
+
+    @property
+    def _resources(self) -> dict[str, float] | None:
+        return getattr(self._spec, "resources", None) or None
 
     @staticmethod
     def _discard_published(work: Work, remaining: set[tuple[str, int]], on_record: Callable[[Record], None]) -> None:
@@ -187,6 +220,12 @@ class _Parcel:
 
 
 _OPENED: dict[str, Work] = {}
+
+
+def _run_pilot(parcel: _Parcel, name: str) -> Pilot:
+    """Run on a worker: a pilot. Its logits stay there."""
+    work = parcel.open()
+    return replace(run_pilot(work.stored_teacher(name), work.inputs), kept={})
 
 
 def _run_span(parcel: _Parcel, name: str, shard_indices: list[int]) -> list[Record]:

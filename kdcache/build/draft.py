@@ -1,0 +1,186 @@
+"""Drafts: a build that is about to start, checked against what stands at its address. Nothing has been written."""
+
+from __future__ import annotations
+
+__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "make_draft"]
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from kdcache.build.inference import BatchLogits, Inputs
+from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
+from kdcache.build.rows import BatchKey, RowMap
+from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
+from kdcache.build.work import MERGED_NAME, StoredTeacher, Work
+from kdcache.documents import CodecSpec, Codes, Fingerprint, PlanDocument
+from kdcache.errors import CacheExistsError, JobError
+from kdcache.store import CacheStore
+from kdcache.transfer_set import TransferSet
+
+Teachers = Mapping[str, nn.Module | Teacher] | Sequence[Teacher]
+Address = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How a cache is planned and its teachers are run; see `build_cache` for each."""
+
+    codec: CodecSpec | None = None
+    num_classes: int | None = None
+    merge: Merge = None
+    weights: Sequence[float] | None = None
+    shard_rows: int | None = None
+    chunk_rows: int | None = None
+    batch_size: int | None = None
+    num_pilot_rows: int | None = None
+    device: str = "auto"
+    autocast: Autocast = None
+    num_workers: int = 0
+    add_teachers: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A build that is about to start.
+
+    Parameters
+    ----------
+    store : CacheStore
+    plan_index : int
+        The plan's number, that of the standing plan where it is the same.
+    work : Work
+    is_complete : bool
+        Whether this plan's cache is finished already.
+    """
+
+    store: CacheStore
+    plan_index: int
+    work: Work
+    is_complete: bool
+
+    @property
+    def plan(self) -> PlanDocument:
+        """The plan."""
+        return self.work.plan
+
+
+def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, options: PlanOptions) -> Draft:
+    """Plan a build and hold it against what stands at the address.
+
+    Raises
+    ------
+    PlanMismatchError
+        The address holds a cache planned otherwise.
+    CacheExistsError
+        The address holds something that is no cache.
+    """
+    members = _as_teachers(teachers, device=options.device, autocast=options.autocast)
+    store = CacheStore.at(address)
+    plans = store.plans()
+    if not plans and any(True for _ in store.objects.list("")):
+        raise CacheExistsError(
+            f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"
+        )
+    proposed = _propose(transfer_set, members, plans, options)
+    plan, plan_index = _choose_plan(plans, proposed, add_teachers=options.add_teachers)
+    folders = dict.fromkeys(str(member.folder) for member in members if isinstance(member, SourcedTeacher))
+    work = Work(
+        store.address,
+        plan,
+        transfer_set,
+        _stored_teachers(plan, members),
+        options.num_workers,
+        (*folders, str(Path.cwd())),
+    )
+    complete = store.complete()
+    return Draft(store, plan_index, work, complete is not None and complete.plan_digest == plan.digest())
+
+
+def _propose(
+    transfer_set: TransferSet, members: Sequence[Teacher], plans: Sequence[PlanDocument], options: PlanOptions
+) -> PlanDocument:
+    standing_classes = plans[-1].cache.num_classes if plans else None
+    return make_plan(
+        transfer_set,
+        [member.fingerprint for member in members],
+        codec=options.codec or Codes(),
+        num_classes=options.num_classes or standing_classes or _probe_classes(members[0], transfer_set),
+        merge=options.merge,
+        weights=_normalised(options.weights, len(members)),
+        shard_rows=options.shard_rows,
+        chunk_rows=options.chunk_rows,
+        batch_size=options.batch_size,
+        num_pilot_rows=options.num_pilot_rows,
+    )
+
+
+def _choose_plan(
+    plans: Sequence[PlanDocument], proposed: PlanDocument, *, add_teachers: bool
+) -> tuple[PlanDocument, int]:
+    if not plans:
+        return proposed, 0
+    standing = plans[-1]
+    if not add_teachers:
+        refuse_other_plan(standing, proposed)
+        return standing, len(plans) - 1
+    extended = extend_plan(standing, proposed)
+    return extended, len(plans) - 1 if extended == standing else len(plans)
+
+
+def _stored_teachers(plan: PlanDocument, members: Sequence[Teacher]) -> tuple[StoredTeacher, ...]:
+    if plan.cache.merge is None:
+        return tuple(StoredTeacher(member.fingerprint.name, member, (member.fingerprint,)) for member in members)
+    weights = plan.weights or tuple(1 / len(members) for _ in members)
+    merged = MergedTeacher(tuple(members), weights)
+    return (StoredTeacher(MERGED_NAME, merged, tuple(member.fingerprint for member in members)),)
+
+
+def _as_teachers(teachers: Teachers, *, device: str, autocast: Autocast) -> tuple[Teacher, ...]:
+    if not isinstance(teachers, Mapping):
+        members = tuple(teachers)
+    else:
+        members = tuple(
+            ModuleTeacher(name, value, device, autocast) if isinstance(value, nn.Module) else value
+            for name, value in teachers.items()
+        )
+    if not members:
+        raise JobError("no teachers were given; a cache needs at least one. Nothing was written")
+    for member in members:
+        if not isinstance(member, Teacher):
+            raise JobError(
+                f"a teacher is a {type(member).__qualname__}; give torch modules by name, or objects with "
+                "`fingerprint` and `running()`. Nothing was written"
+            )
+    return members
+
+
+def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...] | None:
+    if weights is None:
+        return None
+    total = math.fsum(weights)
+    if len(weights) != count or min(weights) < 0 or not math.isfinite(total) or total <= 0:
+        raise JobError(
+            f"weights {list(weights)} do not fit {count} teachers: give one number of at least 0 each, not all 0. "
+            "Nothing was written"
+        )
+    return tuple(weight / total for weight in weights)
+
+
+def _probe_classes(teacher: Teacher, transfer_set: TransferSet) -> int:
+    """Run a teacher on one example to learn how many classes it has."""
+    fingerprint = teacher.fingerprint
+    plan = _probe_plan(transfer_set, fingerprint)
+    inputs = Inputs(transfer_set, RowMap(plan, transfer_set.num_rows))
+    with teacher.running() as run:
+        batches = BatchLogits(fingerprint.name, run, inputs, num_classes=None)
+        logits = next(batches.stream([BatchKey(0, 0)]))
+    return int(logits.shape[1])
+
+
+def _probe_plan(transfer_set: TransferSet, fingerprint: Fingerprint) -> PlanDocument:
+    return make_plan(transfer_set, [fingerprint], codec=Codes(), num_classes=1, batch_size=1, num_pilot_rows=1)
