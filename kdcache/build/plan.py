@@ -161,7 +161,7 @@ def _comparable(plan: PlanDocument) -> dict[str, Any]:
     """Name the teachers, so that one that changed is held against itself and not against its neighbour."""
     mapping = plan.to_mapping()
     teachers = {teacher["name"]: teacher for teacher in mapping["teachers"]}
-    return {**mapping, "teachers": teachers, "ensemble": list(teachers), "previous": None}
+    return {**mapping, "teachers": teachers, "ensemble": ", ".join(teachers), "previous": None}
 
 
 def _advice(paths: list[str]) -> str:
@@ -176,7 +176,10 @@ def _advice(paths: list[str]) -> str:
             "and add it (add_teachers=True, --add-teachers), or build at a new address."
         )
     if any(path.startswith(("teachers", "ensemble")) for path in paths):
-        return "To add teachers to the cache say so (add_teachers=True, --add-teachers), or build at a new address."
+        return (
+            "Give the teachers the cache was planned with, in its order. To add new ones say so (add_teachers=True, "
+            "--add-teachers), or build at a new address."
+        )
     return "Use the same options to go on with this cache, or build at a new address."
 
 
