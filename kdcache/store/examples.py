@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["ARROW_SCHEMA", "ExampleTable", "arrow_schema_document", "arrow_schema_for"]
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +186,9 @@ class ExampleTable:
         return sink.getvalue()
 
     @classmethod
-    def from_parquet(cls, data: bytes, *, place: Place, columns: Sequence[str] | None = None) -> ExampleTable:
+    def from_parquet(
+        cls, data: bytes, *, place: Place, columns: Sequence[str] | None = None, num_examples: int | None = None
+    ) -> ExampleTable:
         """Decode and check a Parquet file.
 
         Parameters
@@ -196,6 +199,8 @@ class ExampleTable:
             Where it stands, for messages.
         columns : sequence of str, optional
             Which of the optional columns ("label", "input_digest") to read; both where absent.
+        num_examples : int, optional
+            Examples that there must be; checked before memory is taken.
 
         Raises
         ------
@@ -204,7 +209,8 @@ class ExampleTable:
         """
         wanted = {"label", "input_digest"} if columns is None else set(columns)
         read: dict[str, Any] = {
-            name: read_column(data, name, place=place) for name in ("example_id", "first_row", "num_rows", *wanted)
+            name: read_column(data, name, place=place, num_examples=num_examples)
+            for name in ("example_id", "first_row", "num_rows", *wanted)
         }
         try:
             return cls(
@@ -233,22 +239,34 @@ class ExampleTable:
         return pa.array(column, type=field.type)
 
 
-def read_column(data: bytes, name: str, *, place: Place) -> npt.NDArray[Any] | None:
+def read_column(data: bytes, name: str, *, place: Place, num_examples: int | None = None) -> npt.NDArray[Any] | None:
     """Read one column of examples.parquet, its page checksums verified; None where it is null throughout.
+
+    Parameters
+    ----------
+    data : bytes
+        The file.
+    name : str
+        The column's name in the file.
+    place : Place
+        Where the file stands, for messages.
+    num_examples : int, optional
+        Examples that there must be; checked before memory is taken.
 
     Raises
     ------
     CorruptCacheError
         The file is torn or altered, or not of the schema.
     """
-    try:
+    with _refusing_damage(place):
         file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        schema = file.schema_arrow
-        column = file.read(columns=[name]).column(0).combine_chunks()
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise place.corrupt(f"the file cannot be read ({error})") from error
+        schema, found = file.schema_arrow, file.metadata.num_rows
     if not any(schema.equals(arrow_schema_for(kind)) for kind in ("int64", "string")):
         raise place.corrupt(f"the file's columns are not those of format v1: {', '.join(map(str, schema))}")
+    if num_examples not in {None, found}:
+        raise place.corrupt(f"the file says to hold {found} examples, the cache document says {num_examples}")
+    with _refusing_damage(place):
+        column = file.read(columns=[name]).column(0).combine_chunks()
     if column.null_count == len(column) and len(column):
         return None
     if column.null_count:
@@ -283,6 +301,14 @@ def normal_ids(example_ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]) ->
         f"example ids are all str or all int64, not {' and '.join(kinds)} ({ids.dtype}); convert them, such as "
         "[str(value) for value in ids]"
     )
+
+
+@contextlib.contextmanager
+def _refusing_damage(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise place.corrupt(f"the file cannot be read ({error})") from error
 
 
 def _array_of(values: Sequence[int] | Sequence[str]) -> npt.NDArray[Any]:

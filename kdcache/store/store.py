@@ -172,12 +172,14 @@ class CacheStore:
             The table is missing, torn or altered.
         """
         place = self._files.place(layout.EXAMPLES)
-        return ExampleTable.from_parquet(self._files.read(place), place=place, columns=columns)
+        return ExampleTable.from_parquet(
+            self._files.read(place), place=place, columns=columns, num_examples=self.cache_document().num_examples
+        )
 
     def example_column(self, name: str) -> npt.NDArray[Any] | None:
         """Read a single column of the example table by its name in the file; None where it is null throughout."""
         place = self._files.place(layout.EXAMPLES)
-        return read_column(self._files.read(place), name, place=place)
+        return read_column(self._files.read(place), name, place=place, num_examples=self.cache_document().num_examples)
 
     def examples_sha256(self) -> str:
         """Digest of examples.parquet."""

@@ -1,4 +1,7 @@
 import json
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -64,6 +67,17 @@ def store(tmp_path):
 def test_a_store_can_be_named_before_anything_is_there(store, tmp_path):
     assert store.address == str(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_store_can_be_sent_to_another_process(started, table):
+    started.lookup(table.example_ids[:1])
+    copy = pickle.loads(pickle.dumps(started))  # noqa: S301 - our own object
+    assert copy.cache_document() == started.cache_document()
+
+
+def test_importing_the_store_needs_neither_zarr_nor_torch_nor_dask():
+    program = "import sys, kdcache.store; print([name for name in ('zarr', 'torch', 'dask') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
 # Plans

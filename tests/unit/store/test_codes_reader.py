@@ -1,3 +1,4 @@
+import pickle
 import threading
 
 import numpy as np
@@ -113,6 +114,13 @@ def test_many_threads_read_right_rows_from_one_reader(written):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_reader_can_be_sent_to_another_process(written):
+    reader = written.reader()
+    reader.read_rows(np.arange(300))
+    copy = pickle.loads(pickle.dumps(reader))  # noqa: S301 - our own object
+    np.testing.assert_array_equal(copy.read_rows(np.array([7, 200])), written.codes[[7, 200]])
 
 
 @pytest.mark.parametrize("shard_index", [0, 1, 2])

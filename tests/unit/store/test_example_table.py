@@ -100,6 +100,11 @@ def test_a_file_that_is_no_parquet_is_found_out(data):
         ExampleTable.from_parquet(data, place=PLACE)
 
 
+def test_another_number_of_examples_is_found_out_before_they_are_read():
+    with pytest.raises(CorruptCacheError, match="says to hold 10 examples, the cache document says 9"):
+        ExampleTable.from_parquet(make_table().to_parquet(), place=PLACE, num_examples=9)
+
+
 def parquet_of(table):
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

@@ -2,7 +2,10 @@ import errno
 import multiprocessing
 import os
 import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -224,6 +227,31 @@ def test_a_file_address_opens_as_local_objects(tmp_path):
 def test_an_unknown_kind_of_address_is_refused_with_a_way_out():
     with pytest.raises(KdcacheError, match=r"local folders only.*s3://"):
         open_objects("s3://bucket/cache")
+
+
+WRITER = """
+import sys
+from kdcache.store import LocalObjects
+objects = LocalObjects(sys.argv[1])
+print("started", flush=True)
+for number in range(10**9):
+    objects.publish(f"objects/{number}", bytes([number % 256]) * 1_000_000)
+    objects.replace("latest", bytes([number % 256]) * 1_000_000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
+def test_a_writer_killed_at_any_time_leaves_only_whole_objects(objects, tmp_path, seconds):
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "store")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(seconds)
+        process.kill()
+    contents = [objects.read(key) for key in objects.list("")]
+    assert contents
+    assert [len(data) for data in contents] == [1_000_000] * len(contents)
+    assert all(data == data[:1] * 1_000_000 for data in contents)
 
 
 def _publish_and_die(root):
