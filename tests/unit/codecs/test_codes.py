@@ -137,6 +137,21 @@ def test_fitting_twice_gives_the_same_parameters(spec):
     }
 
 
+def test_the_codebook_reaches_a_sixteenth_beyond_rows_of_equal_width():
+    pilot = torch.tensor([[0.0, -3.0, -16.0], [5.0, 1.0, -11.0]])
+    assert CodesCodec(Codes(), 3).fit(pilot)["codebook"][-1] == pytest.approx(17.0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_fused_and_separate_multiplication_and_addition_give_the_same_levels(dtype):
+    fit = CodesCodec(Codes(dtype=dtype), 20).fit(sampled(scale=7.3))
+    linear, quadratic = fit["coefficients"]
+    assert quadratic > 0
+    code = np.arange(len(fit["codebook"]))
+    fused = (linear.astype(np.float64) + quadratic.astype(np.float64) * code).astype(np.float32)
+    assert np.array_equal(fused * code.astype(np.float32), fit["codebook"])
+
+
 def test_one_outlying_row_does_not_coarsen_the_others():
     pilot = sampled(num_rows=256)
     outlying = torch.cat([pilot, pilot[:1] * 50])
@@ -236,6 +251,18 @@ def test_the_error_range_bound_of_uniform_levels_is_attained():
     codes = codec.encode(logits, parameters)
     attained = error_range(logits, codec.decode(codes, parameters)) / codec.error_range_bound(codes, parameters)
     assert 0.99 < attained.item() <= 1
+
+
+def test_the_error_range_bound_allows_for_gaps_rounded_to_float32():
+    codec = CodesCodec(Codes(dtype="uint16", spacing="uniform"), 3)
+    step = 2.0**-10
+    codebook = torch.arange(65535, dtype=torch.float32) * step
+    parameters = {"codebook": codebook, "coefficients": torch.tensor([step, 0.0])}
+    top = 2.0**-20
+    logits = torch.tensor([[top, -32 - step / 2, top - step / 2 - 2.0**-34]])
+    codes = codec.encode(logits, parameters)
+    measured = error_range(logits, codec.decode(codes, parameters)).item()
+    assert step < measured <= codec.error_range_bound(codes, parameters).item()
 
 
 def test_another_class_count_is_refused():
