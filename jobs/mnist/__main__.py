@@ -18,6 +18,9 @@ from kdcache.jobs import read_job
 
 def main(
     processes: Annotated[int, typer.Option(min=1, help="Sweeps trained at the same time, one thread each.")] = 2,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="SWEEP", help="Train only this one; may be repeated.")
+    ] = None,
 ) -> None:
     """Fetch the data, train the teacher, build the cache, train the students."""
     try:
@@ -25,7 +28,7 @@ def main(
         typer.echo(f"teacher: {prepare_teacher(loaded)}")
         cache = build(loaded)
         typer.echo(f"cache: {cache.num_examples:,} examples at {cache.address}")
-        sweeps = [sweep.name for sweep in loaded.job.students]
+        sweeps = only or [sweep.name for sweep in loaded.job.students]
         train_students(JOB_FILE, sweeps, out=OUT, num_processes=processes, report=typer.echo)
     except KdcacheError as error:
         typer.echo(str(error), err=True)
