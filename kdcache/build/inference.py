@@ -62,7 +62,7 @@ class Inputs:
         if digests is None or self.transfer_set.digest_of(index) == digests[index].tobytes():
             return
         raise InputMismatchError(
-            f"example {self.transfer_set.example_ids[index]!r} (position {index}) gives another input than when the "
+            f"example {self.transfer_set.example_id(index)!r} (position {index}) gives another input than when the "
             "transfer set was read first. A transfer set must give the same input each time it is asked; put random "
             "augmentation into Views(transform=..., num_views=..., name=...). Shards that are published are kept"
         )
@@ -138,10 +138,11 @@ class BatchLogits:
                     f"{counts.max()}; a sequence teacher gives [example, position, class]"
                 )
             return logits
-        if counts.max() > logits.shape[1]:
+        most = int(self._inputs.row_map.num_rows.max())
+        if counts.max() > logits.shape[1] or (most == 1 and logits.shape[1] > 1):
             raise WrongClassCountError(
                 f"teacher {self._name!r} gives {logits.shape[1]} positions an example, but the transfer set says "
-                f"num_rows up to {counts.max()}"
+                f"num_rows up to {most}. Give the positions of each example: TransferSet(num_rows=...)"
             )
         return torch.cat([logits[index, :count] for index, count in enumerate(counts.tolist())])
 
@@ -152,7 +153,7 @@ class BatchLogits:
         value = rows[bad][~torch.isfinite(rows[bad])][0].item()
         raise NonFiniteLogitsError(
             f"teacher {self._name!r} gave {value} among the logits of example "
-            f"{self._inputs.transfer_set.example_ids[index]!r} (position {index}, view {key.view_index}). NaN and "
+            f"{self._inputs.transfer_set.example_id(index)!r} (position {index}, view {key.view_index}). NaN and "
             "infinity have no soft targets, so the shard was not written; shards that are published are kept. Mend "
             "the input, or run the teacher in higher precision (autocast off), and run the same command again"
         )

@@ -214,7 +214,7 @@ class SoftTargetLoader:
         for index, example in zip(indices.tolist(), examples.tolist(), strict=True):
             if self.inputs.digest_of(index) != digests[example].tobytes():
                 raise InputMismatchError(
-                    f"example {self.inputs.example_ids[index]!r} (position {index} of the inputs) is not the input "
+                    f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
                     f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "
                     "be wrong. Give the dataset the cache was built from, before any augmentation, under the same ids"
                 )

@@ -178,6 +178,11 @@ class TransferSet:
         _refuse_duplicates(ids)
         return ids
 
+    def example_id(self, index: int) -> int | str:
+        """Give one example's id as Python's own int or str."""
+        value = self.example_ids[index]
+        return value if isinstance(value, str) else int(value)
+
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """Class indices, int64 [example], or None."""
@@ -256,7 +261,7 @@ class TransferSet:
         value = self._source.read(index).input
         if self.views is None:
             return value
-        generator = view_generator(self.views.seed, self.example_ids[index], view_index)
+        generator = view_generator(self.views.seed, self.example_id(index), view_index)
         return self.views.transform(value, generator)
 
     def digest_of(self, index: int) -> bytes:

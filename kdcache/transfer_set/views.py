@@ -45,6 +45,7 @@ def view_generator(seed: int, example_id: int | str, view_index: int) -> np.rand
 
     Philox keyed with BLAKE2b of the three, so that neither the order of work nor the number of workers matters.
     """
-    text = f"{seed}|{type(example_id).__name__}|{example_id}|{view_index}"
+    kind = "str" if isinstance(example_id, str) else "int"
+    text = f"{seed}|{kind}|{example_id}|{view_index}"
     key = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint64)
     return np.random.Generator(np.random.Philox(key=key))

@@ -20,6 +20,11 @@ def transfer_set(**options) -> TransferSet:
 # Ids ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ids", [[7, 3, 9, -1], ["d", "c", "b", "a"]], ids=["integers", "strings"])
+def test_one_id_is_given_as_pythons_own_type(ids):
+    assert repr(transfer_set(example_ids=ids).example_id(2)) == repr(ids[2])
+
+
 def test_without_ids_an_examples_position_is_its_id():
     assert transfer_set().example_ids.tolist() == [0, 1, 2, 3]
 

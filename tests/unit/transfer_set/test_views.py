@@ -61,6 +61,12 @@ def test_a_pickled_transfer_set_gives_the_same_views(transfer_set):
     assert torch.equal(again.read_input(2, view_index=1), transfer_set.read_input(2, view_index=1))
 
 
+def test_integer_ids_give_the_generator_of_a_plain_integer():
+    transfer_set = TransferSet.from_arrays(INPUTS, views=VIEWS, example_ids=[7, 8, 9, 10])
+    expected = add_noise(INPUTS[2], view_generator(5, 9, 1))
+    assert torch.equal(transfer_set.read_input(2, view_index=1), expected)
+
+
 def test_digests_are_of_the_inputs_before_any_view(transfer_set):
     assert np.array_equal(transfer_set.input_digests, TransferSet.from_arrays(INPUTS).input_digests)
 
