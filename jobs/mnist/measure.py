@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CORRECTED", "measure"]
+__all__ = ["CORRECTED", "Measuring", "measure"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ def measure(loaded: LoadedJob, cache: SoftTargetCache, *, teacher: Path, out: Pa
         The cache is not finished.
     """
     train, test = read_split("train"), read_split("test")
-    measuring = _Measuring(
+    measuring = Measuring(
         training_images=as_inputs(train.images),
         frequencies=torch.from_numpy(np.bincount(train.labels, minlength=10) / len(train)),
         test_images=as_inputs(test.images),
@@ -70,8 +70,18 @@ def measure(loaded: LoadedJob, cache: SoftTargetCache, *, teacher: Path, out: Pa
     )
 
 
-class _Measuring:
-    """Images, labels and frequencies that students are measured with."""
+class Measuring:
+    """What students are measured with.
+
+    Parameters
+    ----------
+    training_images : Tensor [example, pixel]
+        For the bias correction; it sees no labels of them.
+    frequencies : Tensor [class]
+        Of the classes in the training data.
+    test_images : Tensor [example, pixel]
+    test_labels : Tensor [example] int64
+    """
 
     def __init__(
         self, *, training_images: Tensor, frequencies: Tensor, test_images: Tensor, test_labels: Tensor
