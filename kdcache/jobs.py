@@ -153,7 +153,9 @@ def make(factory: Factory, folder: Path | None = None, /, **extra: Any) -> Any:
     """
     called = resolve(factory.factory, folder)
     if not callable(called):
-        raise JobError(f"{factory.factory!r} is of type {type(called).__qualname__}, which cannot be called; name a function")
+        raise JobError(
+            f"{factory.factory!r} is of type {type(called).__qualname__}, which cannot be called; name a function"
+        )
     repeated = sorted(factory.arguments.keys() & extra.keys())
     if repeated:
         raise JobError(f"{factory.factory!r}: arguments {repeated} are set by kdcache; take them out of the job file")

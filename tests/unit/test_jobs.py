@@ -109,7 +109,7 @@ def test_a_job_file_that_is_no_utf8_is_a_job_error(folder):
 
 def test_a_date_in_a_job_file_is_a_document_error(folder):
     (folder / "job.toml").write_text(JOB.replace("count = 3", "count = 1979-05-27"))
-    with pytest.raises(DocumentError, match="JSON cannot"):
+    with pytest.raises(DocumentError, match="JSON has no date"):
         read_job(folder / "job.toml")
 
 
