@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from kdcache.documents import CacheDocument, CertificateDocument, CompleteDocume
 from kdcache.errors import IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CacheStore, CodesReader
+
+if TYPE_CHECKING:
+    import zarr
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,17 @@ class SoftTargetCache:
     def certificates(self) -> dict[str, CertificateDocument]:
         """The certificate of each stored teacher."""
         return {} if self.complete is None else {item.name: item.certificate for item in self.complete.teachers}
+
+    def as_zarr(self) -> zarr.Group:
+        """Open the cache with plain zarr-python, read-only: the stored codes, not soft targets; see docs/format.md.
+
+        Raises
+        ------
+        IncompleteCacheError
+            The build has not finished.
+        """
+        self._refuse_incomplete("opened as Zarr")
+        return self._store.zarr_group()
 
     def _rows_of(self, example_ids: Any, view_index: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= view_index < self.num_views:

@@ -22,9 +22,11 @@ __all__ = [
     "MergedCacheError",
     "MissingExtraError",
     "NonFiniteLogitsError",
+    "OptionError",
     "PlanMismatchError",
     "Problem",
     "ShapeError",
+    "StoreError",
     "TemperatureError",
     "TransferSetError",
     "UnknownExampleError",
@@ -79,6 +81,10 @@ class JobError(KdcacheError, ValueError):
     """A job file cannot be carried out: an import string, an argument or a checkpoint is wrong."""
 
 
+class OptionError(KdcacheError, ValueError):
+    """An option has a value that is not among those it can take."""
+
+
 class MissingExtraError(KdcacheError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
@@ -117,6 +123,10 @@ class PlanMismatchError(KdcacheError, ValueError):
 
 class ExecutorError(KdcacheError, RuntimeError):
     """Tasks could not be carried out by the executor; finished shards are kept."""
+
+
+class StoreError(KdcacheError, OSError):
+    """The place an address names cannot keep a cache: an unknown scheme, an unsafe key, no safe way to publish."""
 
 
 class CacheNotFoundError(KdcacheError, FileNotFoundError):

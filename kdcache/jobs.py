@@ -153,7 +153,8 @@ def make(factory: Factory, folder: Path | None = None, /, **extra: Any) -> Any:
     """
     called = resolve(factory.factory, folder)
     if not callable(called):
-        raise JobError(
+        kind = type(called).__qualname__
+        raise JobError(f"{factory.factory!r} is of type {kind}, which cannot be called; name a function")
             f"{factory.factory!r} is of type {type(called).__qualname__}, which cannot be called; name a function"
         )
     repeated = sorted(factory.arguments.keys() & extra.keys())

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdcache.errors import JobError, ShapeError
+from kdcache.errors import OptionError, ShapeError
 from kdcache.soft_targets import (
     MEANS,
     Mean,
@@ -107,7 +107,7 @@ def distillation_loss(
 
     Raises
     ------
-    JobError
+    OptionError
         An option has a value out of its range, or names teachers of plain logits.
     MergedCacheError
         A merged cache was asked for another mean than the geometric one, for weights or for teachers.
@@ -152,7 +152,7 @@ class DistillationLoss(nn.Module):
 
     Raises
     ------
-    JobError
+    OptionError
         An option has a value out of its range.
     TemperatureError
         The temperature is not a finite number above 0.
@@ -285,7 +285,7 @@ def logit_matching_loss(
 
     Raises
     ------
-    JobError
+    OptionError
         `reduction` is no known reduction.
     ShapeError
         The two have different shapes.
@@ -393,7 +393,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
 
 def _members(logits: Tensor, weights: Weights | None, teachers: Sequence[str] | None) -> Tensor:
     if teachers is not None or isinstance(weights, Mapping):
-        raise JobError(
+        raise OptionError(
             "Plain teacher logits have no names: `teachers` and weights by name need a SoftTargets. "
             "Select teachers by indexing, and give weights as a sequence."
         )
@@ -414,7 +414,7 @@ def _check_student(student_logits: Tensor) -> None:
 
 def _check_options(soft_weight: float, divergence: str, mean: str, reduction: str) -> None:
     if not 0 <= soft_weight <= 1:
-        raise JobError(f"soft_weight must lie between 0 and 1, got {soft_weight!r}.")
+        raise OptionError(f"soft_weight must lie between 0 and 1, got {soft_weight!r}.")
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("mean", mean, MEANS)
     check_choice("reduction", reduction, get_args(Reduction))

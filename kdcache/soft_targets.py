@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kdcache.codecs.base import Decoder, check_codes
-from kdcache.errors import JobError, MergedCacheError, ShapeError, TemperatureError, UnknownTeacherError
+from kdcache.errors import MergedCacheError, OptionError, ShapeError, TemperatureError, UnknownTeacherError
 
 Mean = Literal["geometric", "arithmetic", "tempered-arithmetic"]
 """Name of a mean over teachers."""
@@ -83,7 +83,7 @@ def mean_logits(
 
     Raises
     ------
-    JobError
+    OptionError
         A weight is negative or not finite, or all are 0.
     ShapeError
         The logits have other axes, or there is another number of weights than teachers.
@@ -124,7 +124,7 @@ def log_mean_probabilities(
 
     Raises
     ------
-    JobError
+    OptionError
         `mean` is no known mean; a weight is negative or not finite, or all are 0.
     ShapeError
         The logits have other axes, or there is another number of weights than teachers.
@@ -331,7 +331,7 @@ class SoftTargets:
 
         Raises
         ------
-        JobError
+        OptionError
             `mean` is no known mean; a weight is negative or not finite, or all are 0; a teacher is named twice.
         MergedCacheError
             The cache keeps only the geometric mean, and another mean, weights or teachers were asked for.
@@ -411,9 +411,9 @@ def checked_temperature(temperature: float | Tensor) -> float:
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices with a `JobError`."""
+    """Refuse a value that is none of the choices with a `OptionError`."""
     if value not in choices:
-        raise JobError(f"{option} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise OptionError(f"{option} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
 def _checked_members(logits: Tensor) -> Tensor:
@@ -431,7 +431,7 @@ def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor
         raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
     total = math.fsum(listed)
     if min(listed) < 0 or not (math.isfinite(total) and total > 0):
-        raise JobError(f"Weights must be finite, at least 0 and not all 0; got {weights!r}.")
+        raise OptionError(f"Weights must be finite, at least 0 and not all 0; got {weights!r}.")
     return logits.new_tensor([weight / total for weight in listed])
 
 
@@ -441,7 +441,7 @@ def _checked_names(teachers: Sequence[str], known: tuple[str, ...]) -> tuple[str
     if unknown or not names:
         raise UnknownTeacherError(f"Unknown teachers {unknown} among {list(names)}; the ensemble has {list(known)}.")
     if len(set(names)) < len(names):
-        raise JobError(f"A teacher is named twice in {list(names)}; use `weights` to give it more weight.")
+        raise OptionError(f"A teacher is named twice in {list(names)}; use `weights` to give it more weight.")
     return names
 
 

@@ -7,7 +7,14 @@ __all__ = ["finalise"]
 import hashlib
 from collections.abc import Sequence
 
-from kdcache.documents import CertificateDocument, CompleteDocument, CompletedTeacher, PlanDocument, Record
+from kdcache.documents import (
+    CertificateDocument,
+    CompleteDocument,
+    CompletedTeacher,
+    PlanDocument,
+    Record,
+    TeacherDocument,
+)
 from kdcache.errors import IncompleteCacheError
 from kdcache.store import CacheStore
 
@@ -39,6 +46,7 @@ def finalise(store: CacheStore, plan_index: int, plan: PlanDocument, names: Sequ
         data_digest=_digest([teacher.data_digest for teacher in teachers]),
     )
     store.consolidate()
+    store.check_zarr(names, plan.cache)
     store.replace_complete(complete)
     return complete
 
@@ -59,9 +67,13 @@ def _completed(store: CacheStore, plan: PlanDocument, name: str) -> CompletedTea
         num_bytes=sum(record.num_bytes for record in ordered),
         document_digest=document.digest(),
         records_digest=_digest([record.digest() for record in ordered]),
-        data_digest=_digest([record.sha256 for record in ordered]),
+        data_digest=_digest([*_parameter_digests(document), *(record.sha256 for record in ordered)]),
         certificate=_sum_up(ordered),
     )
+
+
+def _parameter_digests(document: TeacherDocument) -> list[str]:
+    return [parameter.sha256 for _, parameter in sorted(document.parameters.items())]
 
 
 def _sum_up(records: Sequence[Record]) -> CertificateDocument:

@@ -71,7 +71,7 @@ class CompletedTeacher(Document):
     records_digest: Digest
     """SHA-256 over the records' bytes, in shard order."""
     data_digest: Digest
-    """SHA-256 over the shards' digests alone, in shard order: equal for equal stored data."""
+    """SHA-256 over the digests of the codec's parameters and of the shards: equal for equal stored data."""
     certificate: CertificateDocument
 
 

@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-from kdcache.errors import KdcacheError
+from kdcache.errors import StoreError
 
 PARTIAL = ".partial"
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
@@ -84,7 +84,7 @@ def open_objects(address: str | os.PathLike[str]) -> Objects:
 
     Raises
     ------
-    KdcacheError
+    StoreError
         The address names a kind of store that this release does not know.
     """
     text = os.fspath(address)
@@ -93,7 +93,7 @@ def open_objects(address: str | os.PathLike[str]) -> Objects:
         return LocalObjects(text)
     if scheme == "file":
         return LocalObjects(rest)
-    raise KdcacheError(
+    raise StoreError(
         f"{text}: this release keeps caches in local folders only, not at {scheme}:// addresses. "
         "Give a path; a mounted folder will do where it has atomic hard links or renames."
     )
@@ -212,7 +212,7 @@ class LocalObjects:
 def _check_key(key: str) -> None:
     parts = key.split("/")
     if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
-        raise KdcacheError(
+        raise StoreError(
             f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
             "such as plans/0.json"
         )
@@ -282,7 +282,7 @@ def _rename_without_replacing(partial: pathlib.Path, path: pathlib.Path) -> bool
     if code == errno.EEXIST:
         return False
     if code in {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}:
-        raise KdcacheError(
+        raise StoreError(
             f"{path}: this file system has neither hard links nor a rename that refuses to replace, so two builders "
             "could overwrite each other unseen. Nothing was published. Build the cache on another file system and "
             "copy it here when it is complete."

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader, ShardedReader, has_fill
 from kdcache.store.shards import decode_shard, encode_shard
 from kdcache.store.teachers import codes_metadata, describe_parameters, publish_parameters, read_parameters, shard_spec
+
+if TYPE_CHECKING:
+    import zarr
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +396,41 @@ class CacheStore:
         self._objects.replace(
             layout.ROOT, arrays.to_json(arrays.consolidated_metadata(root, dict(self._files.read_nodes())))
         )
+
+    def zarr_group(self) -> zarr.Group:
+        """Open the cache read-only with zarr-python, through its consolidated metadata."""
+        import zarr  # noqa: PLC0415 - reading and training do without it
+
+        return zarr.open_group(self.address, mode="r", use_consolidated=True)
+
+    def check_zarr(self, teacher_names: Sequence[str], cache_document: CacheDocument) -> None:
+        """Hold what zarr-python sees of the codes against the documents, so that every array opens without kdcache.
+
+        Raises
+        ------
+        CorruptCacheError
+            zarr-python cannot open an array, or sees another shape, type or layout.
+        """
+        for name in teacher_names:
+            node = f"{layout.teacher_group(name)}/{layout.CODES}"
+            place = self._files.teacher_place(layout.metadata_key(node), name)
+            document = self.teacher(name)
+            if document is None:
+                raise place.corrupt("the teacher's document is missing")
+            spec = shard_spec(document, cache_document)
+            expected = (
+                (cache_document.num_shards * spec.shard_rows, spec.num_columns),
+                (spec.shard_rows, spec.num_columns),
+                (spec.chunk_rows, spec.num_columns),
+                spec.dtype,
+            )
+            try:
+                array = self.zarr_group()[node]
+                found = (array.shape, array.shards, array.chunks, str(array.dtype))  # type: ignore[union-attr]
+            except (KeyError, ValueError, AttributeError) as error:
+                raise place.corrupt(f"zarr-python cannot open the array: {error}") from error
+            if found != expected:
+                raise place.corrupt(f"zarr-python sees (shape, shard, chunk, type) {found}, expected {expected}")
 
     # Reading ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.documents import Codes, Lossless
-from kdcache.errors import JobError, MergedCacheError, ShapeError, TemperatureError, UnknownTeacherError
+from kdcache.errors import MergedCacheError, OptionError, ShapeError, TemperatureError, UnknownTeacherError
 from kdcache.losses import DistillationLoss, distillation_loss, forward_kl, logit_matching_loss, soft_cross_entropy
 from kdcache.soft_targets import SoftTargets, log_mean_probabilities
 
@@ -286,7 +286,7 @@ def test_logit_matching_refuses_different_shapes():
 
 
 def test_logit_matching_refuses_an_unknown_reduction():
-    with pytest.raises(JobError, match="'mean', 'sum', 'none'; got 'median'"):
+    with pytest.raises(OptionError, match="'mean', 'sum', 'none'; got 'median'"):
         logit_matching_loss(STUDENT, TEACHER, reduction="median")
 
 
@@ -359,15 +359,15 @@ def test_what_is_no_temperature_is_refused(temperature):
     ],
 )
 def test_options_out_of_range_are_refused_when_called_and_when_made(options, message):
-    with pytest.raises(JobError, match=message):
+    with pytest.raises(OptionError, match=message):
         distillation_loss(STUDENT, TEACHER, LABELS, temperature=2.0, **options)
-    with pytest.raises(JobError, match=message):
+    with pytest.raises(OptionError, match=message):
         DistillationLoss(temperature=2.0, **options)
 
 
 @pytest.mark.parametrize("options", [{"teachers": ["a"]}, {"weights": {"a": 1.0}}])
 def test_plain_logits_have_no_names(options):
-    with pytest.raises(JobError, match="need a SoftTargets"):
+    with pytest.raises(OptionError, match="need a SoftTargets"):
         distillation_loss(STUDENT, MEMBERS, LABELS, temperature=2.0, **options)
 
 

@@ -9,8 +9,8 @@ from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.documents import Codes, Lossless
 from kdcache.errors import (
     CodecError,
-    JobError,
     MergedCacheError,
+    OptionError,
     ShapeError,
     TemperatureError,
     UnknownTeacherError,
@@ -133,7 +133,7 @@ def test_probabilities_that_underflow_keep_their_logarithms(mean):
 
 @pytest.mark.parametrize("weights", [[1.0, -0.1, 0.1], [0.0, 0.0, 0.0], [1.0, math.nan, 1.0], [1.0, math.inf, 1.0]])
 def test_weights_that_are_no_weights_are_refused(weights):
-    with pytest.raises(JobError, match="finite, at least 0 and not all 0"):
+    with pytest.raises(OptionError, match="finite, at least 0 and not all 0"):
         log_mean_probabilities(MEMBERS, temperature=1.0, weights=weights)
 
 
@@ -144,7 +144,7 @@ def test_another_number_of_weights_than_teachers_is_refused(weights):
 
 
 def test_an_unknown_mean_is_refused_with_the_known_ones():
-    with pytest.raises(JobError, match="'geometric', 'arithmetic', 'tempered-arithmetic'; got 'harmonic'"):
+    with pytest.raises(OptionError, match="'geometric', 'arithmetic', 'tempered-arithmetic'; got 'harmonic'"):
         log_mean_probabilities(MEMBERS, temperature=1.0, mean="harmonic")
 
 
@@ -211,7 +211,7 @@ def test_no_teachers_at_all_are_refused(ensemble):
 
 
 def test_a_teacher_named_twice_is_refused(ensemble):
-    with pytest.raises(JobError, match="named twice"):
+    with pytest.raises(OptionError, match="named twice"):
         ensemble.probabilities(1.0, teachers=["a", "a"])
 
 
