@@ -155,8 +155,6 @@ def make(factory: Factory, folder: Path | None = None, /, **extra: Any) -> Any:
     if not callable(called):
         kind = type(called).__qualname__
         raise JobError(f"{factory.factory!r} is of type {kind}, which cannot be called; name a function")
-            f"{factory.factory!r} is of type {type(called).__qualname__}, which cannot be called; name a function"
-        )
     repeated = sorted(factory.arguments.keys() & extra.keys())
     if repeated:
         raise JobError(f"{factory.factory!r}: arguments {repeated} are set by kdcache; take them out of the job file")
