@@ -90,7 +90,7 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
     plan, plan_index = _choose_plan(plans, proposed, add_teachers=options.add_teachers)
     folders = dict.fromkeys(str(member.folder) for member in members if isinstance(member, SourcedTeacher))
     work = Work(
-        store.address,
+        store.address if "://" in store.address else str(Path(store.address).absolute()),
         plan,
         transfer_set,
         _stored_teachers(plan, members),
@@ -151,10 +151,17 @@ def _as_teachers(teachers: Teachers, *, device: str, autocast: Autocast) -> tupl
     if not members:
         raise JobError("no teachers were given; a cache needs at least one. Nothing was written")
     for member in members:
-        if not isinstance(member, Teacher):
+        # isinstance(member, Teacher) would ask for the fingerprint, and hide an AttributeError in a user's factory
+        if not callable(getattr(member, "running", None)):
             raise JobError(
                 f"a teacher is a {type(member).__qualname__}; give torch modules by name, or objects with "
                 "`fingerprint` and `running()`. Nothing was written"
+            )
+    for name, member in zip(teachers, members, strict=True) if isinstance(teachers, Mapping) else ():
+        if member.fingerprint.name != name:
+            raise JobError(
+                f"the teacher given as {name!r} calls itself {member.fingerprint.name!r}; give it under its own name. "
+                "Nothing was written"
             )
     return members
 

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_caches import OPTIONS, TinyTeacher, build_tiny, files_of, tiny_teachers, tiny_transfer_set
+
+from kdcache import Codes, Lossless, plan_cache
+from kdcache.build import ModuleTeacher
+from kdcache.build.inference import Inputs
+from kdcache.build.pilot import pilot_batches, run_pilot
+from kdcache.build.plan import make_plan
+from kdcache.build.rows import RowMap
+from kdcache.build.work import StoredTeacher
+from kdcache.errors import CodecError
+from kdcache.transfer_set import Views
+
+
+def inputs_of(transfer_set=None, *, codec=Codes(), num_pilot_rows=None) -> Inputs:  # noqa: B008
+    transfer_set = transfer_set or tiny_transfer_set()
+    fingerprint = ModuleTeacher("a", TinyTeacher()).fingerprint
+    plan = make_plan(
+        transfer_set,
+        [fingerprint],
+        codec=codec,
+        num_classes=5,
+        batch_size=4,
+        num_pilot_rows=num_pilot_rows,
+        shard_rows=16,
+    )
+    return Inputs(transfer_set, RowMap(plan, transfer_set.num_rows))
+
+
+def pilot_of(inputs: Inputs, teacher=None):
+    module = ModuleTeacher("a", teacher or TinyTeacher())
+    return run_pilot(StoredTeacher("a", module, (module.fingerprint,)), inputs)
+
+
+def chosen(num_pilot_rows: int, **options) -> list[int]:
+    inputs = inputs_of(**options)
+    return [key.batch_index for key in pilot_batches(inputs.row_map, num_pilot_rows)]
+
+
+@pytest.mark.parametrize(
+    ("num_pilot_rows", "batches"), [(1, [0]), (8, [0, 9]), (9, [0, 4, 9]), (20, [0, 2, 4, 7, 9]), (40, list(range(10)))]
+)
+def test_the_pilot_is_whole_batches_spread_over_the_transfer_set(num_pilot_rows, batches):
+    assert chosen(num_pilot_rows) == batches
+
+
+def test_sequences_count_their_rows():
+    assert chosen(20, transfer_set=tiny_transfer_set(num_rows=[5] * 40)) == [0]
+
+
+def test_the_pilot_is_of_the_first_view():
+    views = Views(transform=lambda value, _: value, num_views=3, name="same")
+    inputs = inputs_of(tiny_transfer_set(views=views))
+    assert {key.view_index for key in pilot_batches(inputs.row_map, 20)} == {0}
+
+
+def test_the_codec_is_fitted_to_the_pilots_logits():
+    logits = TinyTeacher()(tiny_transfer_set().read_inputs(range(40))).detach()
+    expected = pilot_of(inputs_of()).parameters
+    from kdcache.codecs import codec_for
+
+    assert expected["codebook"].tolist() == codec_for(Codes(), 5).fit(logits)["codebook"].tolist()
+
+
+def test_two_pilots_fit_the_same_parameters():
+    one, other = pilot_of(inputs_of()), pilot_of(inputs_of())
+    assert one.parameters["codebook"].tobytes() == other.parameters["codebook"].tobytes()
+
+
+def test_a_forecast_tells_the_rows_it_was_made_from():
+    assert pilot_of(inputs_of(num_pilot_rows=8)).forecast.num_pilot_rows == 8
+
+
+def test_a_forecast_certifies_the_pilot():
+    certificate = pilot_of(inputs_of()).forecast.certificate
+    assert 0 < certificate.mean_kl[0] < 1e-3
+
+
+def test_a_lossless_forecast_has_no_error():
+    assert pilot_of(inputs_of(codec=Lossless())).forecast.certificate.max_error_range == 0
+
+
+def test_a_forecasts_times_are_measured():
+    forecast = pilot_of(inputs_of(num_pilot_rows=8)).forecast
+    assert forecast.inference_seconds_per_row > 0
+    assert forecast.encode_seconds_per_row > 0
+
+
+def test_the_logits_of_the_pilot_are_kept_for_the_tasks():
+    pilot = pilot_of(inputs_of(num_pilot_rows=8))
+    assert {key.batch_index: tuple(logits.shape) for key, logits in pilot.kept.items()} == {0: (4, 5), 9: (4, 5)}
+
+
+def test_no_more_logits_are_kept_than_memory_allows(monkeypatch):
+    monkeypatch.setattr("kdcache.build.pilot.KEPT_PILOT_BYTES", 3 * 4 * 5 * 4)
+    assert len(pilot_of(inputs_of()).kept) == 3
+
+
+def test_logits_that_the_codec_cannot_hold_are_refused_in_the_pilot():
+    with pytest.raises(CodecError, match=r"Use Lossless\(dtype=\"float32\"\)"):
+        pilot_of(inputs_of(codec=Lossless(dtype="bfloat16")))
+
+
+# Forecasts of a whole build -------------------------------------------------------------------------------------------
+
+
+def forecast(folder, **options):
+    return plan_cache(folder / "cache", tiny_transfer_set(), tiny_teachers(), **{**OPTIONS, **options})
+
+
+def test_planning_writes_nothing(tmp_path):
+    forecast(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_planning_beside_a_finished_cache_changes_nothing(tmp_path):
+    build_tiny(tmp_path / "cache")
+    before = files_of(tmp_path)
+    forecast(tmp_path)
+    assert files_of(tmp_path) == before
+
+
+def test_a_forecast_has_each_teacher(tmp_path):
+    assert [teacher.name for teacher in forecast(tmp_path).teachers] == ["a", "b"]
+
+
+def test_a_merged_cache_is_forecast_as_the_one_array_it_stores(tmp_path):
+    assert [teacher.name for teacher in forecast(tmp_path, merge="geometric").teachers] == ["geometric-mean"]
+
+
+def test_the_forecast_size_is_near_what_is_stored(tmp_path):
+    expected = forecast(tmp_path, codec=Codes()).num_bytes
+    complete = build_tiny(tmp_path / "cache", codec=Codes()).complete
+    assert sum(teacher.num_bytes for teacher in complete.teachers) == pytest.approx(expected, rel=0.5)
+
+
+def test_a_forecast_counts_all_rows_of_all_views(tmp_path):
+    views = Views(transform=lambda value, _: value, num_views=3, name="same")
+    one = plan_cache(tmp_path / "cache", tiny_transfer_set(), tiny_teachers(), **OPTIONS)
+    three = plan_cache(tmp_path / "cache", tiny_transfer_set(views=views), tiny_teachers(), **OPTIONS)
+    assert three.num_bytes == 3 * one.num_bytes
+
+
+def test_the_forecast_time_is_of_all_rows(tmp_path):
+    made = forecast(tmp_path)
+    slowest = [max(item.inference_seconds_per_row, item.encode_seconds_per_row) for item in made.teachers]
+    assert made.seconds == pytest.approx(40 * sum(slowest))
+
+
+def test_a_plan_is_what_the_build_writes(tmp_path):
+    planned = forecast(tmp_path).plan
+    build_tiny(tmp_path / "cache")
+    assert (tmp_path / "cache/plans/0.json").read_bytes() == planned.to_json()
+
+
+def test_the_pilot_costs_a_build_no_second_inference(tmp_path):
+    teacher = TinyTeacher()
+    build_tiny(tmp_path / "cache", teachers={"a": teacher}, num_classes=5)
+    assert teacher.num_calls == 4
+
+
+def test_logits_on_another_device_are_fitted_alike():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a second device")
+    module = ModuleTeacher("a", TinyTeacher(), device="cuda")
+    on_cuda = run_pilot(StoredTeacher("a", module, (module.fingerprint,)), inputs_of())
+    assert on_cuda.forecast.certificate.mean_kl[0] == pytest.approx(
+        pilot_of(inputs_of()).forecast.certificate.mean_kl[0], rel=0.1
+    )
