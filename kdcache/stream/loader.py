@@ -140,12 +140,13 @@ class SoftTargetLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Give the (rest of the) current epoch, then move to the next epoch."""
         batches = self._batches(self._epoch)
-        start = self._next_batch
-        self._check_inputs(batches[0])
+        remaining = batches[self._next_batch :]
+        if remaining:
+            self._check_inputs(remaining[0])
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
             waiting: deque[Future[Batch]] = deque()
             try:
-                for indices in batches[start:]:
+                for indices in remaining:
                     waiting.append(pool.submit(self._make, indices))
                     if len(waiting) > LOOK_AHEAD:
                         yield self._taken(waiting)

@@ -1,0 +1,54 @@
+"""Write the golden caches of the present format version: `python tests/golden/write_caches.py`.
+
+Run once for each format version, when it is released; what was written stays and is read for ever. Teachers are linear
+maps with weights in steps of 1/8, so that their logits are exact in float32, float16 and bfloat16 alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import kdcache
+
+FOLDER = Path(__file__).parent / "v1"
+NAMES = [f"example-{index}" for index in range(12)]
+CODECS = {
+    "lossless-float32": kdcache.Lossless(),
+    "lossless-bfloat16": kdcache.Lossless(dtype="bfloat16"),
+    "codes-uint8": kdcache.Codes(),
+    "codes-uint16-uniform": kdcache.Codes(dtype="uint16", spacing="uniform"),
+}
+
+
+def logits(teacher_index: int) -> torch.Tensor:
+    """Give the true logits [row, class] of a teacher."""
+    rows, classes = torch.meshgrid(torch.arange(12), torch.arange(5), indexing="ij")
+    return ((rows * 7 + classes * (3 + teacher_index)) % 16 - 8).float() / 8
+
+
+class Table(nn.Module):
+    """Gives the logits of the rows whose numbers it is given."""
+
+    def __init__(self, teacher_index: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(logits(teacher_index))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.table[rows]
+
+
+def main() -> None:
+    """Write one cache a codec."""
+    transfer_set = kdcache.TransferSet.from_arrays(
+        torch.arange(12), labels=[index % 5 for index in range(12)], example_ids=NAMES
+    )
+    for name, codec in CODECS.items():
+        teachers = {"a": Table(0), "b": Table(1)}
+        kdcache.build_cache(FOLDER / name, transfer_set, teachers, codec=codec, shard_rows=8, chunk_rows=4)
+
+
+if __name__ == "__main__":
+    main()
