@@ -104,12 +104,14 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
 def _propose(
     transfer_set: TransferSet, members: Sequence[Teacher], plans: Sequence[PlanDocument], options: PlanOptions
 ) -> PlanDocument:
-    standing_classes = plans[-1].cache.num_classes if plans else None
+    num_classes = options.num_classes
+    if num_classes is None:
+        num_classes = plans[-1].cache.num_classes if plans else _probe_classes(members[0], transfer_set)
     return make_plan(
         transfer_set,
         [member.fingerprint for member in members],
         codec=options.codec or Codes(),
-        num_classes=options.num_classes or standing_classes or _probe_classes(members[0], transfer_set),
+        num_classes=num_classes,
         merge=options.merge,
         weights=_normalised(options.weights, len(members)),
         shard_rows=options.shard_rows,

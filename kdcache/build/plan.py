@@ -13,7 +13,7 @@ import numpy as np
 
 from kdcache.codecs import codec_for
 from kdcache.documents import CacheDocument, CodecSpec, Fingerprint, PlanDocument, View, differences
-from kdcache.errors import PlanMismatchError
+from kdcache.errors import PlanMismatchError, ShapeError
 from kdcache.transfer_set import TransferSet
 
 CHUNK_BYTES = 2**18
@@ -48,7 +48,18 @@ class Layout:
 def choose_layout(
     codec: CodecSpec, *, num_classes: int, num_rows: int, shard_rows: int | None = None, chunk_rows: int | None = None
 ) -> Layout:
-    """Choose rows a shard and rows a chunk from the size of a row; either can be given."""
+    """Choose rows a shard and rows a chunk from the size of a row; either can be given.
+
+    Raises
+    ------
+    ShapeError
+        A given number is below 1.
+    CodecError
+        There are fewer classes than 1.
+    """
+    for name, given in (("shard_rows", shard_rows), ("chunk_rows", chunk_rows)):
+        if given is not None and given < 1:
+            raise ShapeError(f"{name} is {given}; at least 1 is needed. Nothing was written")
     made = codec_for(codec, num_classes)
     row_bytes = made.num_columns * np.dtype(made.storage_dtype).itemsize
     few = _power_of_two_from(-(-num_rows // MIN_SHARDS))
@@ -109,8 +120,8 @@ def make_plan(
         teachers=tuple(fingerprints),
         weights=weights,
         codec=codec,
-        batch_size=batch_size or BATCH_SIZE,
-        num_pilot_rows=min(num_pilot_rows or NUM_PILOT_ROWS, num_rows),
+        batch_size=BATCH_SIZE if batch_size is None else batch_size,
+        num_pilot_rows=min(NUM_PILOT_ROWS if num_pilot_rows is None else num_pilot_rows, num_rows),
     )
 
 
