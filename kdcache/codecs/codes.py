@@ -34,7 +34,7 @@ _MARGIN = 17 / 16  # room above the pilot's rows, so that most later rows need n
 _NARROWEST = 2.0**-10  # a range of a thousandth of a nat: nothing narrower needs resolving
 _WIDEST = 2.0**60  # keeps the widest row's squares within float32
 _CURVATURES = tuple(index / 20 for index in range(20))  # 0 is uniform; at 1 the first level would have no width
-_SEARCH_ELEMENTS = 2**20
+_SEARCH_ELEMENTS = 2**18
 _MIN_SEARCH_ROWS = 16
 _NAN_BITS = 0x7FC00000
 
