@@ -10,17 +10,20 @@ from __future__ import annotations
 __all__ = ["DaskExecutor", "spans"]
 
 import contextlib
+import importlib
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import cloudpickle
 import torch
-from distributed import Client, LocalCluster, as_completed
+from distributed import Client, LocalCluster, as_completed, get_worker
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
 
@@ -32,6 +35,9 @@ from kdcache.store import CacheStore
 
 MAX_FRUITLESS_ROUNDS = 3
 """Rounds of resubmission without a single new shard after which the build gives up."""
+
+CONNECT_SECONDS = 20.0
+"""How long a scheduler is waited for."""
 
 ClusterSpec = DaskLocal | DaskCluster | DaskJobqueue
 
@@ -158,7 +164,7 @@ def open_client(spec: ClusterSpec) -> Iterator[Client]:
     """
     if isinstance(spec, DaskCluster):
         try:
-            client = Client(spec.address, timeout="20s", set_as_default=False)
+            client = Client(spec.address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ExecutorError(
                 f"no Dask scheduler answers at {spec.address}: {error}. Nothing was written by this run. Start one "
@@ -178,24 +184,39 @@ def open_cluster(spec: DaskLocal | DaskJobqueue) -> Any:
             n_workers=spec.num_workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # None would take port 8787, and complain where it is taken
             preload_nanny=[],
             resources=None,
             env={"OMP_NUM_THREADS": str(spec.threads_per_worker)},
         )
+    dask_jobqueue = _import_jobqueue()
+    cluster_class = getattr(dask_jobqueue, spec.cluster, None)
+    if cluster_class is None:
+        raise ExecutorError(f"dask_jobqueue has no {spec.cluster}; nothing was written by this run")
     try:
-        import dask_jobqueue  # noqa: PLC0415 - an extra of its own
+        cluster = cluster_class(**spec.options)
+    except (TypeError, ValueError, OSError) as error:
+        raise ExecutorError(
+            f"dask_jobqueue.{spec.cluster}({', '.join(sorted(spec.options))}) cannot be started: {error}. Nothing was "
+            "written by this run. Mend the executor's options"
+        ) from error
+    cluster.scale(jobs=spec.num_jobs)
+    return cluster
+
+
+def _import_jobqueue() -> ModuleType:
+    """Import dask-jobqueue, and take Ctrl-C back from it: after its import an interrupted build would exit with 0."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        return importlib.import_module("dask_jobqueue")
     except ImportError as error:
         raise MissingExtraError(
             "executor 'dask-jobqueue' needs dask-jobqueue, which is not installed; nothing was written. "
             "Run `pip install 'kdcache[jobqueue]'`"
         ) from error
-    cluster_class = getattr(dask_jobqueue, spec.cluster, None)
-    if cluster_class is None:
-        raise ExecutorError(f"dask_jobqueue has no {spec.cluster}; nothing was written")
-    cluster = cluster_class(**spec.options)
-    cluster.scale(jobs=spec.num_jobs)
-    return cluster
+    finally:
+        if signal.getsignal(signal.SIGINT) is not interrupt:
+            signal.signal(signal.SIGINT, interrupt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,16 +241,20 @@ class _Parcel:
 
 
 _OPENED: dict[str, Work] = {}
+_ONE_AT_A_TIME = threading.Lock()
+"""A worker's threads share its teachers, and a teacher that one thread leaves gets its training mode back."""
 
 
 def _run_pilot(parcel: _Parcel, name: str) -> Pilot:
     """Run on a worker: a pilot. Its logits stay there."""
-    work = parcel.open()
-    return replace(run_pilot(work.stored_teacher(name), work.inputs), kept={})
+    with _ONE_AT_A_TIME:
+        work = parcel.open()
+        return replace(run_pilot(work.stored_teacher(name), work.inputs), kept={})
 
 
 def _run_span(parcel: _Parcel, name: str, shard_indices: list[int]) -> list[Record]:
     """Run on a worker: tasks of one teacher. Returns only the small records."""
     if not torch.cuda.is_available():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return list(parcel.open().run(name, shard_indices))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or get_worker().state.nthreads))
+    with _ONE_AT_A_TIME:
+        return list(parcel.open().run(name, shard_indices))
