@@ -32,7 +32,7 @@ def transfer_set() -> TransferSet:
 
 
 def test_set() -> tuple[np.ndarray, np.ndarray]:
-    """Give the other 2,000: inputs as in `transfer_set`, and labels int64 [example]. Nothing is chosen by them."""
+    """Give the other 2,000: inputs as in `transfer_set`, and labels int64 [example]. No run is stopped by them."""
     images, labels, _ = _shuffled()
     return images[_NUM_TRANSFER:], labels[_NUM_TRANSFER:]
 
