@@ -108,16 +108,20 @@ class DaskExecutor:
         futures = self._submit(client, work, remaining)
         lost = ""
         for future in as_completed(futures, loop=client.loop):
-            error = future.exception() if future.status == "error" else None
-            if future.status == "finished":
-                for record in future.result():
-                    remaining.discard((record.teacher, record.shard_index))
-                    on_record(record)
-            elif error is None or isinstance(error, KilledWorker | FutureCancelledError):
-                lost = str(error or "the scheduler cancelled a task")
-            else:
+            try:
+                records = future.result()
+            except (
+                KilledWorker,
+                FutureCancelledError,
+            ) as error:  # even a finished task loses its result with its worker
+                lost = str(error)
+                continue
+            except BaseException:
                 client.cancel(futures)
-                raise error
+                raise
+            for record in records:
+                remaining.discard((record.teacher, record.shard_index))
+                on_record(record)
         self._discard_published(work, remaining, on_record)
         return lost
 
