@@ -35,7 +35,7 @@ from jobs.demo.data import test_set
 from jobs.demo.summary import Effect, Row, find_effects, score_ensemble, score_left_out, score_students, written
 from jobs.demo.train_teachers import JOB, Recipe, train_teachers
 from kdcache import SoftTargetCache, TransferSet, build_cache
-from kdcache.build import BuildProgress, SourcedTeacher
+from kdcache.build import BuildProgress, SourcedTeacher, build_job
 from kdcache.cli.output import console, exit_code_of, print_error, print_json, progress_bar, readable_bytes
 from kdcache.errors import KdcacheError
 from kdcache.jobs import LoadedJob, read_job
@@ -96,20 +96,14 @@ def run(loaded: LoadedJob, recipe: Recipe) -> Outcome:
 
 def _build(loaded: LoadedJob, out: Path) -> SoftTargetCache:
     """Build the job's cache, as `kdcache build` does, and keep the time of it."""
-    job, started, steps = loaded.job, time.perf_counter(), list[BuildProgress]()
+    started, steps = time.perf_counter(), list[BuildProgress]()
     with progress_bar("rows") as show:
 
         def on_progress(step: BuildProgress) -> None:
             show(f"{step.stage} {step.teacher}", step.done_rows, step.total_rows)
             steps.append(step)
 
-        cache = build_cache(
-            loaded.cache_address,
-            loaded.make(job.transfer_set),
-            _teachers(loaded),
-            codec=job.cache.codec,
-            on_progress=on_progress,
-        )
+        cache = build_job(loaded, on_progress=on_progress)
     if steps:
         num_rows = steps[-1].done_rows - steps[0].done_rows
         rate = {"rows_per_second": num_rows / (time.perf_counter() - started)}
@@ -120,11 +114,8 @@ def _build(loaded: LoadedJob, out: Path) -> SoftTargetCache:
 def _build_test_cache(loaded: LoadedJob, out: Path) -> SoftTargetCache:
     """Cache the teachers' logits on the test set too, to score the ensemble; no student reads it."""
     inputs, labels = test_set()
-    return build_cache(out / "test-cache", TransferSet.from_arrays(inputs, labels=labels), _teachers(loaded))
-
-
-def _teachers(loaded: LoadedJob) -> list[SourcedTeacher]:
-    return [SourcedTeacher(source, loaded.folder) for source in loaded.job.teachers]
+    teachers = [SourcedTeacher(source, loaded.folder) for source in loaded.job.teachers]
+    return build_cache(out / "test-cache", TransferSet.from_arrays(inputs, labels=labels), teachers)
 
 
 def _describe(cache: SoftTargetCache, out: Path) -> dict[str, Any]:

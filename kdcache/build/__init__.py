@@ -16,12 +16,15 @@ __all__ = [
     "TeacherForecast",
     "TeacherStatus",
     "build_cache",
+    "build_job",
     "plan_cache",
+    "plan_job",
     "read_status",
     "weights_digest",
 ]
 
 from kdcache.build.builder import BuildProgress, build_cache, plan_cache
+from kdcache.build.job import build_job, plan_job
 from kdcache.build.pilot import Forecast, TeacherForecast
 from kdcache.build.status import CacheStatus, TeacherStatus, read_status
 from kdcache.build.teachers import ModuleTeacher, SourcedTeacher, Teacher, weights_digest

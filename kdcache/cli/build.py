@@ -11,8 +11,17 @@ import typer
 from rich.table import Table
 
 from kdcache import jobs
-from kdcache.build import BuildProgress, Forecast, SourcedTeacher, build_cache, plan_cache, read_status
-from kdcache.cli.output import Json, console, print_json, progress_bar, readable_bytes, readable_seconds
+from kdcache.build import BuildProgress, Forecast, build_job, plan_job, read_status
+from kdcache.cli.output import (
+    Json,
+    Threads,
+    console,
+    print_json,
+    progress_bar,
+    readable_bytes,
+    readable_seconds,
+    use_threads,
+)
 from kdcache.documents import DaskCluster, DaskLocal, ExecutorSpec
 from kdcache.errors import JobError
 from kdcache.jobs import LoadedJob
@@ -21,11 +30,10 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A TOML job file.",
 AddTeachers = Annotated[bool, typer.Option("--add-teachers", help="Add the job's new teachers to a standing cache.")]
 
 
-def plan(job: JobFile, json: Json = False, add_teachers: AddTeachers = False) -> None:
+def plan(job: JobFile, json: Json = False, add_teachers: AddTeachers = False, threads: Threads = None) -> None:
     """Show what a build would write: rows, shards, and the pilot's forecast of size, fidelity and time."""
-    loaded = jobs.read_job(job)
-    executor = loaded.job.build.executor
-    _print_forecast(plan_cache(**_arguments(loaded), executor=executor, add_teachers=add_teachers), json=json)
+    use_threads(threads)
+    _print_forecast(plan_job(jobs.read_job(job), add_teachers=add_teachers), json=json)
 
 
 def build(
@@ -35,19 +43,21 @@ def build(
     add_teachers: AddTeachers = False,
     workers: Annotated[int | None, typer.Option(help="Use a Dask LocalCluster of so many processes.")] = None,
     dask: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Use the Dask cluster at this address.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Build the job's cache, or go on with it after a stop."""
+    use_threads(threads)
     loaded = jobs.read_job(job)
     executor = _executor(loaded, workers=workers, dask=dask)
     if dry_run:
-        _print_forecast(plan_cache(**_arguments(loaded), executor=executor, add_teachers=add_teachers), json=json)
+        _print_forecast(plan_job(loaded, executor=executor, add_teachers=add_teachers), json=json)
         return
     with progress_bar("rows") as show:
 
         def on_progress(step: BuildProgress) -> None:
             show(f"{step.stage} {step.teacher}", step.done_rows, step.total_rows)
 
-        cache = build_cache(**_arguments(loaded), executor=executor, add_teachers=add_teachers, on_progress=on_progress)
+        cache = build_job(loaded, executor=executor, add_teachers=add_teachers, on_progress=on_progress)
     status = read_status(cache.address)
     num_bytes = sum(teacher.num_bytes for teacher in status.teachers)
     complete = cache.complete
@@ -70,27 +80,6 @@ def _executor(loaded: LoadedJob, *, workers: int | None, dask: str | None) -> Ex
     if workers is not None:
         return DaskLocal.make(num_workers=workers)
     return DaskCluster.make(address=dask) if dask is not None else loaded.job.build.executor
-
-
-def _arguments(loaded: LoadedJob) -> dict[str, Any]:
-    job = loaded.job
-    if not job.teachers:
-        raise JobError(f"job {job.name!r} names no teachers, so there is nothing to build; add [[teachers]] to it")
-    return {
-        "address": loaded.cache_address,
-        "transfer_set": loaded.make(job.transfer_set),
-        "teachers": [
-            SourcedTeacher(source, loaded.folder, job.build.device, job.build.autocast) for source in job.teachers
-        ],
-        "codec": job.cache.codec,
-        "num_classes": job.cache.num_classes,
-        "merge": job.cache.merge,
-        "shard_rows": job.cache.shard_rows,
-        "chunk_rows": job.cache.chunk_rows,
-        "num_pilot_rows": job.cache.num_pilot_rows,
-        "batch_size": job.build.batch_size,
-        "num_workers": job.build.num_workers,
-    }
 
 
 def _print_forecast(forecast: Forecast, *, json: bool) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.build import read_status
-from kdcache.cache import open_cache
+from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.cli.output import (
     CORRUPT,
     INCOMPLETE,
@@ -111,9 +111,8 @@ def info(
         f"[bold]{opened.address}[/bold]: {opened.num_examples:,} examples x {opened.num_views} view(s), "
         f"{opened.num_classes:,} classes, {len(opened.teachers)} stored teacher(s), {readable_bytes(num_bytes)}"
     )
-    for name, document in opened.teachers.items():
-        codec = ", ".join(f"{key} {value}" for key, value in document.codec.to_mapping().items() if key != "kind")
-        console.print(f"  {escape(name)}: {document.codec.kind} ({codec}), from {document.members[0].source}")
+    for what, names in _alike(opened).items():
+        console.print(f"  {escape(', '.join(names))}: {escape(what)}")
     table = Table("temperature", "mean KL", "largest KL", "KL at most", "total variation at most", title="stated error")
     for item in certificates:
         table.add_row(
@@ -124,3 +123,13 @@ def info(
             f"{item.total_variation_bound:.2g}",
         )
     console.print(table)
+
+
+def _alike(cache: SoftTargetCache) -> dict[str, list[str]]:
+    """Group the teachers that have the same codec and come from the same source."""
+    groups: dict[str, list[str]] = {}
+    for name, document in cache.teachers.items():
+        codec = ", ".join(str(value) for value in document.codec.to_mapping().values())
+        sources = ", ".join(dict.fromkeys(member.source for member in document.members))
+        groups.setdefault(f"{codec}; from {sources}", []).append(name)
+    return groups

@@ -6,6 +6,7 @@ __all__ = [
     "CORRUPT",
     "INCOMPLETE",
     "Json",
+    "Threads",
     "address_of",
     "console",
     "exit_code_of",
@@ -14,11 +15,13 @@ __all__ = [
     "progress_bar",
     "readable_bytes",
     "readable_seconds",
+    "use_threads",
 ]
 
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -35,6 +38,11 @@ INCOMPLETE = 3
 CORRUPT = 4
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Torch threads of this process; torch's default if absent.")]
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Without a terminal, progress is a line now and then."""
 
 console = Console()
 _errors = Console(stderr=True)
@@ -71,6 +79,9 @@ def address_of(target: str) -> str:
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[str, float, float], None]]:
     """Show a bar with rate and time left on stderr; gives a function (text, done, total)."""
+    if not _errors.is_terminal:
+        yield _line_now_and_then(unit)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,7 +91,7 @@ def progress_bar(unit: str) -> Iterator[Callable[[str, float, float], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_errors, transient=not _errors.is_terminal) as progress:
+    with Progress(*columns, console=_errors) as progress:
         task = progress.add_task("starting", total=1, rate="")
 
         def update(text: str, done: float, total: float) -> None:
@@ -89,6 +100,30 @@ def progress_bar(unit: str) -> Iterator[Callable[[str, float, float], None]]:
             progress.update(task, description=text, completed=done, total=total, rate=rate)
 
         yield update
+
+
+def _line_now_and_then(unit: str) -> Callable[[str, float, float], None]:
+    start = last = time.monotonic()
+
+    def update(text: str, done: float, total: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_BETWEEN_LINES or not done:
+            return
+        last = now
+        rate = done / (now - start)
+        left = readable_seconds((total - done) / rate)
+        sys.stderr.write(f"{text}: {done:,.0f} of {total:,.0f} {unit}, {rate:,.0f} a second, {left} left\n")
+
+    return update
+
+
+def use_threads(count: int | None) -> None:
+    """Set torch's threads where the user asked for it."""
+    if count is not None:
+        import torch  # the commands that only look at a cache's documents do without it
+
+        torch.set_num_threads(count)
 
 
 def readable_bytes(count: float) -> str:

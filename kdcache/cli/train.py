@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache import jobs
-from kdcache.cli.output import Json, console, print_json, progress_bar
+from kdcache.cli.output import Json, Threads, console, print_json, progress_bar, use_threads
 from kdcache.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ def train(
     device: Device = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Drop what stands there, start anew.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the students, train none.")] = False,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Train the job's students from its cache alone, many side by side; goes on where it was stopped."""
     from kdcache.students import train_job  # imported here: the other commands need no training
 
+    use_threads(threads)
     loaded = jobs.read_job(job)
     folder = out or loaded.folder / "out"
     if dry_run:
@@ -89,14 +91,19 @@ def _list_students(loaded: LoadedJob, only: list[str] | None, *, json: bool) -> 
 
 
 def _draw(folder: Path, sweeps: list[str]) -> list[Path]:
-    """Draw the sweeps that were trained; without matplotlib say how to get pictures."""
+    """Draw each sweep that was trained; without matplotlib say how to get pictures."""
     from kdcache.report import student_curves  # as above
 
-    metrics = [folder / "students" / sweep / "metrics.jsonl" for sweep in sweeps]
-    if not metrics:
-        return []
+    students = folder / "students"
     try:
-        return list(student_curves(metrics, folder / "students" / "students"))
+        return [
+            picture
+            for sweep in sweeps
+            for picture in student_curves(
+                [students / sweep / "metrics.jsonl"], students / sweep / "curves", title=sweep
+            )
+            if picture.suffix == ".png"
+        ]
     except MissingExtraError as error:
         console.print(f"no picture was drawn: {error}", soft_wrap=True)
         return []
