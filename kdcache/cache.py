@@ -78,7 +78,7 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
             f"{store.address}`, and run its build again to finish it. To read what is there, "
             "open_cache(..., allow_incomplete=True)"
         )
-    names = _teacher_names(store, document, complete)
+    names = _teacher_names(store, complete)
     teachers = {name: teacher for name in names if (teacher := store.teacher(name)) is not None}
     return SoftTargetCache(store, document, complete, teachers)
 
@@ -373,13 +373,11 @@ class SoftTargetCache:
             )
 
 
-def _teacher_names(store: CacheStore, document: CacheDocument, complete: CompleteDocument | None) -> list[str]:
+def _teacher_names(store: CacheStore, complete: CompleteDocument | None) -> Sequence[str]:
     if complete is not None:
         return [teacher.name for teacher in complete.teachers]
-    if document.merge is not None:
-        return ["geometric-mean"]
     plans = store.plans()
-    return [teacher.name for teacher in plans[-1].teachers] if plans else []
+    return plans[-1].stored_names if plans else ()
 
 
 def _at(certificate: CertificateDocument, temperature: float) -> tuple[float | None, float | None]:

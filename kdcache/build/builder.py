@@ -15,10 +15,10 @@ from kdcache.build.pilot import Forecast, Pilot
 from kdcache.build.plan import Merge, refuse_other_plan
 from kdcache.build.task import remaining_shards
 from kdcache.build.teachers import Autocast
-from kdcache.build.work import MERGED_NAME, StoredTeacher
+from kdcache.build.work import StoredTeacher
 from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.codecs import codec_for
-from kdcache.documents import CodecSpec, ExecutorSpec, InProcess, PlanDocument, Record, TeacherDocument
+from kdcache.documents import CodecSpec, ExecutorSpec, InProcess, Record, TeacherDocument
 from kdcache.store import ExampleTable
 from kdcache.transfer_set import TransferSet
 
@@ -186,7 +186,7 @@ def _carry_out(draft: Draft, executor: Executor, report: Callable[[BuildProgress
         report(BuildProgress("tasks", record.teacher, done, total))
 
     executor.run(draft.work, tasks, on_record)
-    finalise(draft.store, draft.plan_index, draft.plan, _stored_names(draft.plan))
+    finalise(draft.store, draft.plan_index, draft.plan)
     report(BuildProgress("finalise", names[-1], done, total))
 
 
@@ -238,7 +238,3 @@ def _publish_teacher(draft: Draft, stored: StoredTeacher, pilot: Pilot | None) -
         num_pilot_rows=pilot.forecast.num_pilot_rows,
     )
     draft.store.publish_teacher(document, pilot.parameters)
-
-
-def _stored_names(plan: PlanDocument) -> list[str]:
-    return [teacher.name for teacher in plan.teachers] if plan.cache.merge is None else [MERGED_NAME]

@@ -16,8 +16,8 @@ from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
-from kdcache.build.work import MERGED_NAME, StoredTeacher, Work
-from kdcache.documents import CodecSpec, Codes, Fingerprint, PlanDocument
+from kdcache.build.work import StoredTeacher, Work
+from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, PlanDocument
 from kdcache.errors import CacheExistsError, JobError
 from kdcache.store import CacheStore
 from kdcache.transfer_set import TransferSet
@@ -81,8 +81,9 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
     """
     members = _as_teachers(teachers, device=options.device, autocast=options.autocast)
     store = CacheStore.at(address)
+    is_occupied = any(True for _ in store.objects.list(""))  # looked at before another builder's plan can come between
     plans = store.plans()
-    if not plans and any(True for _ in store.objects.list("")):
+    if is_occupied and not plans:
         raise CacheExistsError(
             f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"
         )

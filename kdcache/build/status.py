@@ -7,7 +7,6 @@ __all__ = ["CacheStatus", "TeacherStatus", "read_status"]
 import os
 from dataclasses import dataclass
 
-from kdcache.build.work import MERGED_NAME
 from kdcache.documents import PlanDocument
 from kdcache.errors import CacheNotFoundError
 from kdcache.store import CacheStore
@@ -60,10 +59,10 @@ def read_status(address: str | os.PathLike[str]) -> CacheStatus:
             f"{store.address} holds no cache and no plan of one. Check the address, or run `kdcache build JOB`"
         )
     plan = plans[-1]
-    names = [teacher.name for teacher in plan.teachers] if plan.cache.merge is None else [MERGED_NAME]
     complete = store.complete()
     is_complete = complete is not None and complete.plan_digest == plan.digest()
-    return CacheStatus(store.address, plan, is_complete, tuple(_teacher(store, plan, name) for name in names))
+    teachers = tuple(_teacher(store, plan, name) for name in plan.stored_names)
+    return CacheStatus(store.address, plan, is_complete, teachers)
 
 
 def _teacher(store: CacheStore, plan: PlanDocument, name: str) -> TeacherStatus:

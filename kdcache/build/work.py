@@ -19,9 +19,6 @@ from kdcache.errors import KdcacheError
 from kdcache.store import CacheStore
 from kdcache.transfer_set import TransferSet
 
-MERGED_NAME = "geometric-mean"
-"""The name under which a merged cache stores its one array."""
-
 
 @dataclass(frozen=True, eq=False)
 class StoredTeacher:

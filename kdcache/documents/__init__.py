@@ -10,6 +10,7 @@ __all__ = [
     "DOCUMENTS",
     "FORMAT_VERSION",
     "GIVEN",
+    "MERGED_NAME",
     "BuildOptions",
     "CacheDocument",
     "CacheOptions",
@@ -36,7 +37,9 @@ __all__ = [
     "TeacherDocument",
     "TeacherSource",
     "View",
+    "completed_teacher",
     "differences",
+    "digest_of_digests",
     "json_schema",
 ]
 
@@ -45,6 +48,7 @@ from typing import Any
 from kdcache.documents.base import GIVEN, Document, differences
 from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
 from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless
+from kdcache.documents.completion import completed_teacher, digest_of_digests
 from kdcache.documents.job import (
     BuildOptions,
     CacheOptions,
@@ -59,7 +63,7 @@ from kdcache.documents.job import (
     StudentSweep,
     TeacherSource,
 )
-from kdcache.documents.plan import PlanDocument
+from kdcache.documents.plan import MERGED_NAME, PlanDocument
 from kdcache.documents.record import CertificateDocument, CompleteDocument, CompletedTeacher, Record
 from kdcache.documents.teacher import Fingerprint, Parameter, TeacherDocument
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PlanDocument"]
+__all__ = ["MERGED_NAME", "PlanDocument"]
 
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +12,9 @@ from kdcache.documents.base import Digest, Document
 from kdcache.documents.cache import CacheDocument
 from kdcache.documents.codec_specs import CodecSpec
 from kdcache.documents.teacher import Fingerprint
+
+MERGED_NAME = "geometric-mean"
+"""The name under which a merged cache stores its one array."""
 
 
 class PlanDocument(Document):
@@ -44,3 +47,8 @@ class PlanDocument(Document):
         if self.weights is not None and len(self.weights) != len(self.teachers):
             raise ValueError(f"{len(self.weights)} weights for {len(self.teachers)} teachers")
         return self
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The names under which arrays are stored, in order: the teachers', or the one of a merged cache."""
+        return (MERGED_NAME,) if self.cache.merge else tuple(teacher.name for teacher in self.teachers)

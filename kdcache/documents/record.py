@@ -69,9 +69,9 @@ class CompletedTeacher(Document):
     document_digest: Digest
     """Digest of the teacher document, which names the digests of the codec's parameters."""
     records_digest: Digest
-    """SHA-256 over the records' bytes, in shard order."""
+    """SHA-256 over the lines of the records' own digests, in shard order."""
     data_digest: Digest
-    """SHA-256 over the digests of the codec's parameters and of the shards: equal for equal stored data."""
+    """SHA-256 over the lines of the digests of parameters and of shards: equal for equal stored data."""
     certificate: CertificateDocument
 
 
@@ -90,4 +90,4 @@ class CompleteDocument(Document):
     teachers: Annotated[tuple[CompletedTeacher, ...], Field(min_length=1)]
     """In the ensemble's order."""
     data_digest: Digest
-    """SHA-256 over all teachers' data digests: equal for two caches whose stored data are equal."""
+    """SHA-256 over the lines of all teachers' data digests: equal for two caches whose stored data are equal."""

@@ -397,6 +397,23 @@ class CacheStore:
             layout.ROOT, arrays.to_json(arrays.consolidated_metadata(root, dict(self._files.read_nodes())))
         )
 
+    def root_differences(self) -> list[str]:
+        """Say in which ways the root group is not what follows from the cache document and the nodes below it.
+
+        What a teacher that is being added has written already is not missed: it is consolidated when it is complete.
+
+        Raises
+        ------
+        DocumentError
+            The metadata of a group or array cannot be read.
+        """
+        root = self._files.read_json(self._files.place(layout.ROOT)) or {}
+        told = (root.get("consolidated_metadata") or {}).get("metadata") or {}
+        nodes = {path: metadata for path, metadata in self._files.read_nodes() if path in told}
+        plain = arrays.group_metadata({ATTRIBUTE: self.cache_document().to_mapping()})
+        expected = arrays.consolidated_metadata(plain, nodes)
+        return [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, root)]
+
     def zarr_group(self) -> zarr.Group:
         """Open the cache read-only with zarr-python, through its consolidated metadata."""
         import zarr  # noqa: PLC0415 - reading and training do without it

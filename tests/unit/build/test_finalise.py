@@ -80,14 +80,14 @@ def test_a_cache_with_a_missing_record_is_not_complete(folder):
     with pytest.raises(
         IncompleteCacheError, match=r"teacher 'b' lacks 1 of 3 shards \(\[1\]\); the cache stays as it was"
     ):
-        finalise(store, 0, store.plans()[0], ["a", "b"])
+        finalise(store, 0, store.plans()[0])
     assert not (folder / "complete.json").exists()
 
 
 def test_finalising_twice_changes_nothing(folder):
     before = files_of(folder)
     store = CacheStore.at(folder)
-    finalise(store, 0, store.plans()[0], ["a", "b"])
+    finalise(store, 0, store.plans()[0])
     assert files_of(folder) == before
 
 
@@ -135,7 +135,7 @@ def test_a_cache_to_which_a_teacher_is_being_added_is_not_complete(folder):
     build_tiny(folder, teachers=tiny_teachers(3), codec=Codes(spacing="uniform"), add_teachers=True)
     before = (folder / "complete.json").read_bytes()
     store = CacheStore.at(folder)
-    finalise(store, 0, store.plans()[0], ["a", "b"])
+    finalise(store, 0, store.plans()[0])
     assert (folder / "complete.json").read_bytes() != before
     assert not read_status(folder).is_complete
 

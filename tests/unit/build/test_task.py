@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -247,18 +247,16 @@ def test_the_remedy_for_damage_works(finished):
     assert after == undamaged
 
 
-def test_two_builders_at_once_leave_one_sound_cache(tmp_path):
-    def build():
-        results.append(build_tiny(tmp_path / "cache", teachers={"a": TinyTeacher()}, codec=CODES).complete.data_digest)
+def test_builders_at_once_leave_one_sound_cache(tmp_path):
+    teachers = [TinyTeacher() for _ in range(3)]
 
-    results = []
-    builders = [threading.Thread(target=build) for _ in range(3)]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join()
-    assert len(set(results)) == 1
-    assert (len(results), verify_cache(tmp_path / "cache").is_sound) == (3, True)
+    def build(teacher):
+        return build_tiny(tmp_path / "cache", teachers={"a": teacher}, codec=CODES).complete.data_digest
+
+    with ThreadPoolExecutor(3) as pool:
+        digests = list(pool.map(build, teachers))
+    assert len(set(digests)) == 1
+    assert verify_cache(tmp_path / "cache").is_sound
 
 
 def test_rows_read_from_published_shards_are_the_teachers(finished):
