@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.documents import CacheDocument, CertificateDocument, CompleteDocument, TeacherDocument
-from kdcache.errors import IncompleteCacheError, ShapeError, UnknownTeacherError
+from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CacheStore, CodesReader
 
@@ -68,6 +68,8 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
         The build has not finished.
     DocumentError
         A document of the cache breaks its schema, or is of a format version that this release cannot read.
+    CorruptCacheError
+        A teacher that the finished cache had is gone.
     """
     store = CacheStore.at(address)
     document = store.cache_document()
@@ -80,6 +82,13 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
         )
     names = _teacher_names(store, complete)
     teachers = {name: teacher for name in names if (teacher := store.teacher(name)) is not None}
+    missing = [f"teachers/{name}/zarr.json" for name in names if name not in teachers]
+    if complete is not None and missing:
+        raise CorruptCacheError(
+            f"cache {store.address}: {', '.join(missing)} is missing, which complete.json names; an ensemble without a "
+            "member would give other soft targets. Nothing was changed. "
+            f"Run `kdcache verify {store.address}` to see all damage; bring the files back, or build the cache anew"
+        )
     return SoftTargetCache(store, document, complete, teachers)
 
 
@@ -316,14 +325,19 @@ class SoftTargetCache:
         return SoftTargets(
             codes=tuple(self._codes(name, rows, available) for name in names),
             decoders=tuple(self._decoder(name) for name in names),
-            teacher_names=tuple(names),
+            teacher_names=tuple(names) if self.document.merge is None else self._member_names,
             merge=self.document.merge,
             available=None if available is None else torch.from_numpy(available),
             num_rows=None if num_rows is None else torch.from_numpy(num_rows),
         )
 
+    @property
+    def _member_names(self) -> tuple[str, ...]:
+        return tuple(member.name for teacher in self.teachers.values() for member in teacher.members)
+
     def _codes(self, name: str, rows: np.ndarray, available: np.ndarray | None) -> Tensor:
         if name in self._resident:
+            self._refuse_missing(rows)
             return _select_rows(self._resident[name], rows)
         reader = self._reader(name)
         if available is None:
@@ -331,6 +345,17 @@ class SoftTargetCache:
         codes = np.full((len(rows), reader.spec.num_columns), reader.spec.fill, dtype=reader.spec.little)
         codes[available] = reader.read_rows(rows[available])
         return torch.from_numpy(codes)
+
+    def _refuse_missing(self, rows: np.ndarray) -> None:
+        """Refuse rows that do not exist, as a reader of files does by itself."""
+        document = self.document
+        within = (rows >= 0) & (rows < document.padded_rows * document.num_views)
+        exists = within & (rows % document.padded_rows < document.num_rows)
+        if not exists.all():
+            raise ShapeError(
+                f"cache {self.address} has no row {int(rows[~exists][0])}: each of its {document.num_views} view(s) "
+                f"has {document.num_rows} rows in a block of {document.padded_rows}; `rows_of` gives row numbers"
+            )
 
     def _available(self, rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
         shards, inverse = np.unique(rows // self.document.shard_rows, return_inverse=True)
