@@ -18,8 +18,9 @@ from rich.console import Console
 from jobs.mnist.measure import measure
 from jobs.mnist.page import write_page, write_pictures
 from jobs.mnist.results import Results
-from jobs.mnist.steps import JOB_FILE, OUT, build, prepare_teacher, train_students
+from jobs.mnist.steps import JOB_FILE, OUT, prepare_teacher, train_students
 from jobs.mnist.tables import TABLES, as_rich
+from kdcache.build import build_job
 from kdcache.errors import KdcacheError
 from kdcache.jobs import read_job
 
@@ -47,7 +48,7 @@ def main(
 def _run(only: list[str] | None, *, processes: int) -> None:
     loaded = read_job(JOB_FILE)
     teacher = prepare_teacher(loaded)
-    cache = build(loaded)
+    cache = build_job(loaded)
     typer.echo(f"teacher: {teacher}\ncache: {cache.num_examples:,} examples at {cache.address}")
     sweeps = only or [sweep.name for sweep in loaded.job.students]
     train_students(JOB_FILE, sweeps, out=OUT, num_processes=processes, report=typer.echo)

@@ -1,8 +1,8 @@
-"""The steps up to trained students: data, teacher, cache, students. Each is skipped where its work is done."""
+"""The steps around the cache: data and teacher before it, students after it. Each is skipped where its work is done."""
 
 from __future__ import annotations
 
-__all__ = ["JOB_FILE", "OUT", "build", "prepare_teacher", "train_students"]
+__all__ = ["JOB_FILE", "OUT", "prepare_teacher", "train_students"]
 
 import multiprocessing
 import time
@@ -14,8 +14,6 @@ import torch
 
 from jobs.mnist.data import fetch
 from jobs.mnist.train_teacher import Settings, train
-from kdcache import SoftTargetCache, build_cache
-from kdcache.build import SourcedTeacher
 from kdcache.jobs import LoadedJob, read_job, resolve_path
 from kdcache.students import train_job
 
@@ -30,18 +28,6 @@ def prepare_teacher(loaded: LoadedJob) -> Path:
     (source,) = loaded.job.teachers
     checkpoint = Path(resolve_path(str(source.checkpoint), loaded.folder))
     return checkpoint if checkpoint.is_file() else train(Settings(seed=0))
-
-
-def build(loaded: LoadedJob) -> SoftTargetCache:
-    """Build the job's cache, or go on with it, or open it."""
-    job = loaded.job
-    return build_cache(
-        loaded.cache_address,
-        loaded.make(job.transfer_set),
-        [SourcedTeacher(source, loaded.folder, job.build.device, job.build.autocast) for source in job.teachers],
-        codec=job.cache.codec,
-        batch_size=job.build.batch_size,
-    )
 
 
 def train_students(
