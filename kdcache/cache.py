@@ -220,6 +220,20 @@ class SoftTargetCache:
         """
         return self._rows_of(example_ids, view_index)[0]
 
+    def locate(
+        self, example_ids: Sequence[int] | Sequence[str] | np.ndarray, *, view_index: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the first row of each example, int64 [example], and the number of its rows, int32 [example].
+
+        Raises
+        ------
+        UnknownExampleError, ShapeError
+            As `read`.
+        """
+        self._refuse_view(view_index)
+        first_row, num_rows = self._store.lookup(example_ids)
+        return first_row + view_index * self.document.padded_rows, num_rows
+
     def read_rows(self, rows: np.ndarray, *, teachers: Sequence[str] | None = None) -> SoftTargets:
         """Read soft targets by row number, as `rows_of` gives them.
 
@@ -309,15 +323,16 @@ class SoftTargetCache:
         return self._store.zarr_group()
 
     def _rows_of(self, example_ids: Any, view_index: int) -> tuple[np.ndarray, np.ndarray]:
-        if not 0 <= view_index < self.num_views:
-            raise ShapeError(f"cache {self.address} has {self.num_views} view(s); there is no view {view_index}")
-        first_row, num_rows = self._store.lookup(example_ids)
-        first_row = first_row + view_index * self.document.padded_rows
+        first_row, num_rows = self.locate(example_ids, view_index=view_index)
         if int(num_rows.max(initial=1)) == 1:
             return first_row, num_rows
         ends = np.cumsum(num_rows, dtype=np.int64)
         offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
         return np.repeat(first_row, num_rows) + offsets, num_rows
+
+    def _refuse_view(self, view_index: int) -> None:
+        if not 0 <= view_index < self.num_views:
+            raise ShapeError(f"cache {self.address} has {self.num_views} view(s); there is no view {view_index}")
 
     def _read(self, rows: np.ndarray, teachers: Sequence[str] | None, num_rows: np.ndarray | None) -> SoftTargets:
         names = self._chosen(teachers)

@@ -7,6 +7,7 @@ __all__ = ["SoftTargetLoader"]
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,10 @@ class SoftTargetLoader:
     ------
     UnknownExampleError
         An example of `inputs` is not in the cache.
+    ShapeError
+        An example has another number of rows than in the cache.
     InputMismatchError
-        While iterating: an input is not the one that the teachers saw.
+        The inputs have other views than the cache; while iterating: an input is not the one that the teachers saw.
 
     Examples
     --------
@@ -101,7 +104,9 @@ class SoftTargetLoader:
         )
         if len(self._indices) == 0:
             raise TransferSetError("there are no examples to train on: example_ids is empty")
+        self._check_views()
         self._first_row, self._num_rows = self._join()
+        self._has_single_rows = bool((self._num_rows[self._indices] == 1).all())
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
         self._epoch = 0
         self._next_batch = 0
@@ -119,8 +124,16 @@ class SoftTargetLoader:
         self._next_batch = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position: the epoch and the next batch that iteration will give."""
-        return {"seed": self.seed, "epoch": self._epoch, "next_batch": self._next_batch}
+        """Give the position: the epoch and the next batch that iteration will give; and what it is a position in."""
+        return {**self._order(), "epoch": self._epoch, "next_batch": self._next_batch}
+
+    def _order(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "batch_size": self.batch_size,
+            "num_examples": len(self._indices),
+        }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state_dict` was taken; the next iteration gives the rest of that epoch.
@@ -128,12 +141,13 @@ class SoftTargetLoader:
         Raises
         ------
         TransferSetError
-            The state is of a loader with another seed.
+            The state is of a loader that gives other batches: seed, batch size or number of examples differ.
         """
-        if state["seed"] != self.seed:
+        other = {key: state.get(key) for key, ours in self._order().items() if state.get(key) != ours}
+        if other:
             raise TransferSetError(
-                f"the state is of a loader with seed {state['seed']}, this one has seed {self.seed}; its order is "
-                "another. Make the loader with the same seed"
+                f"the state is of a loader with {other}, this one has {self._order()}: examples would be lost or "
+                "repeated. Make the loader with the same arguments"
             )
         self._epoch, self._next_batch = state["epoch"], state["next_batch"]
 
@@ -173,38 +187,50 @@ class SoftTargetLoader:
     def _make(self, indices: np.ndarray) -> Batch:
         inputs = self.inputs.read_inputs(indices, view_index=self.view_index)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
-        return inputs, labels, self.cache.read_rows(self._rows(indices), teachers=self._teachers)
+        return inputs, labels, self._soft_targets(indices)
 
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        if self._num_rows is None:
-            rows: np.ndarray = self._first_row[indices]
-            return rows
-        return np.concatenate(
-            [np.arange(self._first_row[index], self._first_row[index] + self._num_rows[index]) for index in indices]
+    def _soft_targets(self, indices: np.ndarray) -> SoftTargets:
+        first_row, num_rows = self._first_row[indices], self._num_rows[indices]
+        if self._has_single_rows:
+            return self.cache.read_rows(first_row, teachers=self._teachers)
+        rows = np.concatenate(
+            [np.arange(first, first + count) for first, count in zip(first_row, num_rows, strict=True)]
         )
+        read = self.cache.read_rows(rows, teachers=self._teachers)
+        return replace(read, num_rows=torch.from_numpy(num_rows))
 
-    def _join(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Find every example's rows by its id, once: first row int64 [example] and, for sequences, their number."""
+    def _join(self) -> tuple[np.ndarray, np.ndarray]:
+        """Find every example's rows by its id, once: first row int64 [example] and number of rows int32 [example]."""
         first_row = np.full(len(self.inputs), -1, np.int64)
+        num_rows = np.zeros(len(self.inputs), np.int32)
+        ids = self.inputs.example_ids[self._indices]
         try:
-            rows = self.cache.rows_of(self.inputs.example_ids[self._indices], view_index=self.view_index)
+            first_row[self._indices], num_rows[self._indices] = self.cache.locate(ids, view_index=self.view_index)
         except UnknownExampleError as error:
             raise UnknownExampleError(
                 f"{error} The inputs have {len(self.inputs)} examples, the cache {self.cache.num_examples}; their ids "
                 "must be those the cache was built with: TransferSet(dataset, example_ids=...)"
             ) from error
-        if len(rows) == len(self._indices):
-            first_row[self._indices] = rows
-            return first_row, None
-        counts = self.inputs.num_rows
-        expected = int(counts[self._indices].sum())
-        if expected != len(rows):
+        differ = self._indices[num_rows[self._indices] != self.inputs.num_rows[self._indices]]
+        if len(differ):
+            index = int(differ[0])
             raise ShapeError(
-                f"the inputs say {expected} rows for these examples, the cache has {len(rows)}; give "
-                "TransferSet(num_rows=...) as when the cache was built"
+                f"example {self.inputs.example_id(index)!r} has {self.inputs.num_rows[index]} row(s) by the inputs and "
+                f"{num_rows[index]} in cache {self.cache.address}; give TransferSet(num_rows=...) as when it was built"
             )
-        first_row[self._indices] = rows[np.cumsum(counts[self._indices]) - counts[self._indices]]
-        return first_row, counts
+        return first_row, num_rows
+
+    def _check_views(self) -> None:
+        kept = self.cache.document.view
+        views = self.inputs.views
+        ours = None if views is None else (views.name, views.seed)
+        theirs = None if kept is None else (kept.name, kept.seed)
+        if ours != theirs:
+            raise InputMismatchError(
+                f"the inputs have {_views_in_words(ours)}, the teachers of cache {self.cache.address} saw "
+                f"{_views_in_words(theirs)}: the soft targets would be those of other inputs. Give the TransferSet the "
+                "views that the cache was built with, or none where it was built without"
+            )
 
     def _check_inputs(self, indices: np.ndarray) -> None:
         digests = self.cache.input_digests
@@ -224,3 +250,7 @@ class SoftTargetLoader:
         if self.cache.document.num_rows == self.cache.document.num_examples:
             return first_rows
         return np.searchsorted(self.cache.first_rows, first_rows)
+
+
+def _views_in_words(views: tuple[str, int] | None) -> str:
+    return "no views" if views is None else f"views {views[0]!r} with seed {views[1]}"

@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import copy
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tiny_caches import TinyTeacher, build_tiny, tiny_inputs, tiny_labels, tiny_teachers, tiny_transfer_set
+from torch import nn
+
+from kdcache import Codes, SoftTargetLoader, TransferSet, open_cache
+from kdcache.errors import (
+    CorruptCacheError,
+    InputMismatchError,
+    ShapeError,
+    TransferSetError,
+    UnknownExampleError,
+    UnknownTeacherError,
+)
+from kdcache.stream import epoch_order
+from kdcache.transfer_set import Views
+
+INTEGER_IDS = [(11 * index) % 40 for index in range(40)]
+STRING_IDS = [f"image-{number}" for number in INTEGER_IDS]
+
+
+class Echo(nn.Module):
+    """A teacher whose logits are its input: soft targets tell which example they belong to."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.clone()
+
+
+def echo_cache(folder, transfer_set=None, **options):
+    return build_tiny(folder, transfer_set or tiny_transfer_set(), {"echo": Echo()}, **options)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader") / "cache"
+    echo_cache(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(built):
+    return open_cache(built)
+
+
+@pytest.fixture(params=["resident", "streamed"])
+def tier(request):
+    return {"max_resident_bytes": 2**20 if request.param == "resident" else 0}
+
+
+def loader_of(cache, inputs=None, **options) -> SoftTargetLoader:
+    return SoftTargetLoader(cache, inputs or tiny_transfer_set(), **{"batch_size": 7, **options})
+
+
+def labels_of(loader) -> list[list[int]]:
+    return [labels.tolist() for _, labels, _ in loader]
+
+
+def joined_rightly(loader) -> bool:
+    """Whether every row of soft targets is that of the input beside it."""
+    return all(torch.allclose(soft_targets.logits()[:, 0], inputs) for inputs, _, soft_targets in loader)
+
+
+# The join -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [None, INTEGER_IDS, STRING_IDS], ids=["positions", "integers", "strings"])
+def test_every_input_meets_its_own_soft_targets(tmp_path, tier, ids):
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(example_ids=ids))
+    assert joined_rightly(loader_of(cache, tiny_transfer_set(example_ids=ids), **tier))
+
+
+def test_inputs_in_another_order_meet_their_own_soft_targets_by_id(tmp_path, tier):
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(example_ids=STRING_IDS))
+    turned = TransferSet.from_arrays(tiny_inputs().flip(0), example_ids=STRING_IDS[::-1])
+    assert joined_rightly(loader_of(cache, turned, **tier))
+
+
+def test_a_part_of_the_inputs_meets_its_own_soft_targets(tmp_path, tier):
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(example_ids=STRING_IDS))
+    part = TransferSet.from_arrays(tiny_inputs()[10:31], example_ids=STRING_IDS[10:31])
+    assert joined_rightly(loader_of(cache, part, **tier))
+
+
+def test_a_map_style_dataset_is_joined_by_position(cache, tier):
+    dataset = list(zip(tiny_inputs(), tiny_labels(), strict=True))
+    assert joined_rightly(SoftTargetLoader(cache, dataset, batch_size=7, **tier))
+
+
+def test_labels_belong_to_the_inputs_beside_them(cache):
+    by_input = {tuple(row.tolist()): label for row, label in zip(tiny_inputs(), tiny_labels(), strict=True)}
+    for inputs, labels, _ in loader_of(cache):
+        assert [by_input[tuple(row.tolist())] for row in inputs] == labels.tolist()
+
+
+def test_inputs_without_labels_give_none(cache):
+    assert {labels for _, labels, _ in loader_of(cache, TransferSet.from_arrays(tiny_inputs()))} == {None}
+
+
+def test_both_tiers_give_the_same_batches(tmp_path):
+    folder = tmp_path / "cache"
+    build_tiny(folder, codec=Codes())
+    resident = list(loader_of(open_cache(folder), max_resident_bytes=2**20))
+    streamed = list(loader_of(open_cache(folder), max_resident_bytes=0))
+    for one, other in zip(resident, streamed, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+        assert torch.equal(one[2].logits(), other[2].logits())
+
+
+def test_some_teachers_alone_can_be_read(tmp_path):
+    cache = build_tiny(tmp_path / "cache", teachers=tiny_teachers(3))
+    assert {batch[2].teacher_names for batch in loader_of(cache, teachers=["c", "a"])} == {("c", "a")}
+
+
+def test_views_are_joined_view_by_view(tmp_path, tier):
+    views = Views(transform=lambda value, generator: value + float(generator.normal()), num_views=3, name="shift")
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(views=views))
+    for view_index in range(3):
+        assert joined_rightly(loader_of(cache, tiny_transfer_set(views=views), view_index=view_index, **tier))
+
+
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+LENGTHS = [index % 4 + 1 for index in range(10)]
+
+
+@pytest.fixture
+def sequences():
+    return tiny_inputs().reshape(10, 4, 4)
+
+
+@pytest.fixture
+def sequence_cache(tmp_path, sequences):
+    transfer_set = TransferSet.from_arrays(sequences, num_rows=LENGTHS, example_ids=STRING_IDS[:10])
+    return echo_cache(tmp_path / "cache", transfer_set, shard_rows=8)
+
+
+def test_every_position_of_a_sequence_meets_its_own_soft_targets(sequence_cache, sequences, tier):
+    transfer_set = TransferSet.from_arrays(sequences, num_rows=LENGTHS, example_ids=STRING_IDS[:10])
+    for inputs, _, soft_targets in loader_of(sequence_cache, transfer_set, batch_size=3, **tier):
+        rows = soft_targets.logits()[:, 0].split(soft_targets.num_rows.tolist())
+        assert all(torch.allclose(row, sequence[: len(row)]) for row, sequence in zip(rows, inputs, strict=True))
+
+
+def test_soft_targets_of_sequences_tell_the_rows_of_each_example(sequence_cache, sequences):
+    transfer_set = TransferSet.from_arrays(sequences, num_rows=LENGTHS, example_ids=STRING_IDS[:10])
+    loader = loader_of(sequence_cache, transfer_set, batch_size=4, shuffle=False)
+    assert [soft_targets.num_rows.tolist() for _, _, soft_targets in loader] == [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2]]
+
+
+@pytest.mark.parametrize("num_rows", [LENGTHS[::-1], [2, 1, *LENGTHS[2:]], None], ids=["turned", "same sum", "none"])
+def test_other_row_counts_than_the_caches_are_refused_by_name(sequence_cache, sequences, num_rows):
+    transfer_set = TransferSet.from_arrays(sequences, num_rows=num_rows, example_ids=STRING_IDS[:10])
+    with pytest.raises(ShapeError, match=r"example 'image-\d+' has \d row\(s\) by the inputs and \d in cache"):
+        loader_of(sequence_cache, transfer_set)
+
+
+def test_row_counts_for_a_cache_without_positions_are_refused(cache):
+    with pytest.raises(ShapeError, match=r"example 0 has 2 row\(s\) by the inputs and 1 in cache"):
+        loader_of(cache, tiny_transfer_set(num_rows=[2] * 40))
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_changed_inputs_are_refused_at_the_first_batch(cache):
+    changed = tiny_inputs()
+    changed += 0.01
+    loader = loader_of(cache, TransferSet.from_arrays(changed))
+    with pytest.raises(
+        InputMismatchError, match=r"is not the input that the teachers of cache .* saw: its digest differs"
+    ):
+        next(iter(loader))
+
+
+def test_one_changed_input_is_refused_in_the_epoch_that_begins_with_it(cache):
+    first = int(epoch_order(40, seed=0, epoch=0)[2])
+    changed = tiny_inputs()
+    changed[first, 0] += 1
+    with pytest.raises(InputMismatchError, match=rf"example {first} \(position {first} of the inputs\)"):
+        next(iter(loader_of(cache, TransferSet.from_arrays(changed))))
+
+
+def test_a_reordered_dataset_without_ids_is_refused(cache):
+    turned = TransferSet.from_arrays(tiny_inputs().flip(0))
+    with pytest.raises(InputMismatchError):
+        next(iter(loader_of(cache, turned)))
+
+
+def test_a_resumed_loader_checks_the_batch_it_goes_on_with(cache):
+    at = int(epoch_order(40, seed=0, epoch=0)[7 * 4])
+    changed = tiny_inputs()
+    changed[at, 0] += 1
+    loader = loader_of(cache, TransferSet.from_arrays(changed))
+    loader.load_state_dict({**loader.state_dict(), "next_batch": 4})
+    with pytest.raises(InputMismatchError, match=f"example {at} "):
+        next(iter(loader))
+
+
+def test_changed_inputs_pass_where_no_digests_were_kept(tmp_path):
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(digest_inputs=False))
+    assert len(list(loader_of(cache, TransferSet.from_arrays(tiny_inputs() + 1)))) == 6
+
+
+def test_ids_that_the_cache_does_not_have_are_refused_with_both_sizes(cache):
+    more = TransferSet.from_arrays(tiny_inputs(41), labels=tiny_labels(41))
+    with pytest.raises(UnknownExampleError, match=r"not in this cache: 40.* The inputs have 41 examples, the cache 40"):
+        loader_of(cache, more)
+
+
+def test_ids_of_another_type_are_refused(cache):
+    with pytest.raises(UnknownExampleError, match=r"You gave string ids; convert them, such as \[int\(value\)"):
+        loader_of(cache, tiny_transfer_set(example_ids=STRING_IDS))
+
+
+VIEWS = Views(transform=lambda value, _: value, num_views=2, name="same-1", seed=4)
+OTHER_VIEWS = [
+    None,
+    Views(transform=lambda value, _: value, num_views=2, name="same-2", seed=4),
+    Views(transform=lambda value, _: value, num_views=2, name="same-1", seed=5),
+]
+
+
+@pytest.mark.parametrize("views", OTHER_VIEWS, ids=["no views", "another name", "another seed"])
+def test_other_views_than_the_caches_are_refused_with_both_sides(tmp_path, views):
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(views=VIEWS))
+    with pytest.raises(InputMismatchError, match=r"the teachers of cache .* saw views 'same-1' with seed 4"):
+        loader_of(cache, tiny_transfer_set(views=views))
+
+
+def test_views_for_a_cache_without_are_refused(cache):
+    with pytest.raises(InputMismatchError, match=r"the inputs have views 'same-1' with seed 4, .* saw no views"):
+        loader_of(cache, tiny_transfer_set(views=VIEWS))
+
+
+def test_a_view_that_the_cache_does_not_have_is_refused(cache):
+    with pytest.raises(ShapeError, match="there is no view 1"):
+        loader_of(cache, view_index=1)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_needs_an_example(cache, batch_size):
+    with pytest.raises(ShapeError, match=f"batch_size is {batch_size}; at least 1 is needed"):
+        loader_of(cache, batch_size=batch_size)
+
+
+def test_an_empty_choice_of_examples_is_refused(cache):
+    with pytest.raises(TransferSetError, match="there are no examples to train on: example_ids is empty"):
+        loader_of(cache, example_ids=[])
+
+
+def test_a_chosen_example_that_the_inputs_do_not_have_is_refused(cache):
+    with pytest.raises(UnknownExampleError, match="example_id 99 is not in this transfer set of 40 examples"):
+        loader_of(cache, example_ids=[1, 99])
+
+
+def test_an_unknown_teacher_is_refused(cache):
+    with pytest.raises(UnknownTeacherError):
+        loader_of(cache, teachers=["z"])
+
+
+def test_a_damaged_shard_is_an_error_in_the_training_loop(tmp_path):
+    cache = echo_cache(tmp_path / "cache")
+    (tmp_path / "cache/teachers/echo/codes/c/1/0").unlink()
+    with pytest.raises(CorruptCacheError, match="the shard is missing"):
+        list(loader_of(cache, max_resident_bytes=0))
+
+
+# Order ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_example_once(cache):
+    seen = torch.cat([inputs for inputs, _, _ in loader_of(cache)])
+    assert sorted(seen[:, 0].tolist()) == sorted(tiny_inputs()[:, 0].tolist())
+
+
+def test_an_epoch_has_the_stated_order(cache):
+    seen = torch.cat([inputs for inputs, _, _ in loader_of(cache, seed=5)])
+    assert torch.equal(seen, tiny_inputs()[epoch_order(40, seed=5, epoch=0)])
+
+
+def test_each_epoch_has_an_order_of_its_own(cache):
+    loader = loader_of(cache, seed=5)
+    epochs = [torch.cat([inputs for inputs, _, _ in loader]) for _ in range(3)]
+    expected = [tiny_inputs()[epoch_order(40, seed=5, epoch=epoch)] for epoch in range(3)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(epochs, expected, strict=True))
+
+
+def test_an_epoch_can_be_chosen(cache):
+    loader = loader_of(cache, seed=5)
+    loader.set_epoch(9)
+    seen = torch.cat([inputs for inputs, _, _ in loader])
+    assert torch.equal(seen, tiny_inputs()[epoch_order(40, seed=5, epoch=9)])
+
+
+def test_without_shuffling_examples_come_in_the_transfer_sets_order(cache):
+    seen = torch.cat([inputs for inputs, _, _ in loader_of(cache, shuffle=False)])
+    assert torch.equal(seen, tiny_inputs())
+
+
+def test_some_examples_alone_can_be_trained_on(cache):
+    seen = torch.cat([inputs for inputs, _, _ in loader_of(cache, example_ids=[9, 2, 30], shuffle=False)])
+    assert torch.equal(seen, tiny_inputs()[[9, 2, 30]])
+
+
+def test_chosen_examples_meet_their_own_soft_targets(cache, tier):
+    assert joined_rightly(loader_of(cache, example_ids=np.arange(3, 39, 5), batch_size=3, **tier))
+
+
+def test_the_last_batch_is_smaller(cache):
+    assert [len(soft_targets) for _, _, soft_targets in loader_of(cache)] == [7, 7, 7, 7, 7, 5]
+
+
+def test_a_smaller_last_batch_can_be_dropped(cache):
+    assert [len(soft_targets) for _, _, soft_targets in loader_of(cache, drop_last=True)] == [7, 7, 7, 7, 7]
+
+
+def test_a_full_last_batch_is_not_dropped(cache):
+    assert [len(soft_targets) for _, _, soft_targets in loader_of(cache, batch_size=8, drop_last=True)] == [8] * 5
+
+
+def test_fewer_examples_than_a_batch_that_must_be_full_give_no_batch(cache):
+    assert list(loader_of(cache, batch_size=41, drop_last=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "length"), [({}, 6), ({"drop_last": True}, 5), ({"batch_size": 8}, 5), ({"batch_size": 99}, 1)]
+)
+def test_the_length_is_the_number_of_batches(cache, options, length):
+    loader = loader_of(cache, **options)
+    assert len(loader) == length == len(list(loader))
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(built):
+    """Labels and inputs of two epochs, one batch after the other, and the state after each."""
+    loader = loader_of(open_cache(built), seed=3)
+    states, batches = [loader.state_dict()], []
+    for _ in range(2):
+        for inputs, _, _ in loader:
+            batches.append(inputs)
+            states.append(copy.deepcopy(loader.state_dict()))
+    return states, batches
+
+
+@pytest.mark.parametrize("step", range(13))
+def test_a_loader_resumed_after_any_step_gives_the_undisturbed_rest(cache, undisturbed, step):
+    states, batches = undisturbed
+    loader = loader_of(cache, seed=3)
+    loader.load_state_dict(states[step])
+    rest = [inputs for _ in range(3) for inputs, _, _ in loader][: 12 - step]
+    assert len(rest) == 12 - step
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rest, batches[step:], strict=True))
+
+
+def test_a_resumed_loader_joins_rightly(cache, undisturbed):
+    loader = loader_of(cache, seed=3)
+    loader.load_state_dict(undisturbed[0][4])
+    assert joined_rightly(loader)
+
+
+def test_a_loop_that_was_left_goes_on_where_it_was_left(cache):
+    loader = loader_of(cache, seed=3)
+    first = next(iter(loader))[0]
+    rest = [inputs for inputs, _, _ in loader]
+    assert torch.equal(torch.cat([first, *rest]), tiny_inputs()[epoch_order(40, seed=3, epoch=0)])
+
+
+def test_choosing_an_epoch_forgets_a_loop_that_was_left(cache):
+    loader = loader_of(cache, seed=3)
+    next(iter(loader))
+    loader.set_epoch(0)
+    assert len(list(loader)) == 6
+
+
+def test_a_state_can_be_written_as_json(cache):
+    state = loader_of(cache).state_dict()
+    assert json.loads(json.dumps(state)) == state
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 4}, {"batch_size": 8}, {"example_ids": range(30)}, {"shuffle": False}],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_state_of_a_loader_with_other_batches_is_refused(cache, other):
+    state = loader_of(cache, seed=3).state_dict()
+    with pytest.raises(
+        TransferSetError, match=r"examples would be lost or repeated\. Make the loader with the same arguments"
+    ):
+        loader_of(cache, **{"seed": 3, **other}).load_state_dict(state)
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+def test_two_loaders_of_one_cache_do_not_disturb_each_other(cache, tier):
+    one, other = loader_of(cache, seed=1, **tier), loader_of(cache, seed=2, **tier)
+    for (inputs, _, soft_targets), (more_inputs, _, more_soft_targets) in zip(one, other, strict=True):
+        assert torch.allclose(soft_targets.logits()[:, 0], inputs)
+        assert torch.allclose(more_soft_targets.logits()[:, 0], more_inputs)
+
+
+def test_a_loop_that_is_left_leaves_no_thread(cache):
+    before = threading.active_count()
+    for _ in loader_of(cache):
+        break
+    assert threading.active_count() == before
+
+
+def test_an_unfinished_cache_is_streamed_with_a_mask(tmp_path):
+    echo_cache(tmp_path / "cache")
+    for name in ("complete.json", "commits/echo/1.json", "teachers/echo/codes/c/1/0"):
+        (tmp_path / "cache" / name).unlink()
+    cache = open_cache(tmp_path / "cache", allow_incomplete=True)
+    masks = torch.cat([soft_targets.available for _, _, soft_targets in loader_of(cache, shuffle=False)])
+    assert masks.tolist() == [True] * 16 + [False] * 16 + [True] * 8
+
+
+def test_soft_targets_of_a_real_teacher_are_its_own(tmp_path):
+    cache = build_tiny(tmp_path / "cache", teachers={"a": TinyTeacher()})
+    inputs, _, soft_targets = next(iter(loader_of(cache)))
+    expected = torch.softmax(TinyTeacher()(inputs) / 3, 1).detach()
+    assert torch.allclose(soft_targets.probabilities(3.0), expected, atol=1e-5)
