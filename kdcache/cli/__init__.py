@@ -7,13 +7,16 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from kdcache.cli import build, inspect, train
-from kdcache.cli.output import exit_code_of, print_error
+from kdcache.cli.output import INTERRUPTED, exit_code_of, print_error
 from kdcache.errors import KdcacheError
 
 app = typer.Typer(
@@ -23,12 +26,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("plan")(build.plan)
-app.command("build")(build.build)
-app.command("status")(inspect.status)
-app.command("verify")(inspect.verify)
-app.command("info")(inspect.info)
-app.command("train")(train.train)
+
+
+def _add(name: str, command: Callable[..., None]) -> None:
+    @functools.wraps(command)
+    def interruptible(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:  # Typer would end with code 1, as if the command had failed
+            sys.stderr.write("interrupted; what is published is kept, the same command goes on from there\n")
+            sys.exit(INTERRUPTED)
+
+    app.command(name)(interruptible)
+
+
+_add("plan", build.plan)
+_add("build", build.build)
+_add("status", inspect.status)
+_add("verify", inspect.verify)
+_add("info", inspect.info)
+_add("train", train.train)
 
 
 def main() -> None:
@@ -39,9 +56,6 @@ def main() -> None:
     except KdcacheError as error:
         print_error(error, as_json=as_json)
         sys.exit(exit_code_of(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what is published is kept, the same command goes on from there\n")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache import jobs
@@ -20,6 +21,7 @@ from kdcache.cli.output import (
     progress_bar,
     readable_bytes,
     readable_seconds,
+    say,
     use_threads,
 )
 from kdcache.documents import DaskCluster, DaskLocal, ExecutorSpec
@@ -68,9 +70,9 @@ def build(
         })  # fmt: skip
         return
     rows = cache.document.num_rows * cache.num_views * len(cache.teachers)
-    console.print(
-        f"[bold]{cache.address}[/bold] is complete: {cache.num_examples:,} examples, {len(cache.teachers)} stored "
-        f"teacher(s), {readable_bytes(num_bytes)} ({num_bytes / rows:.3g} bytes a row)"
+    say(
+        f"[bold]{escape(cache.address)}[/bold] is complete: {cache.num_examples:,} examples, "
+        f"{len(cache.teachers)} stored teacher(s), {readable_bytes(num_bytes)} ({num_bytes / rows:.3g} bytes a row)"
     )
 
 
@@ -87,9 +89,10 @@ def _print_forecast(forecast: Forecast, *, json: bool) -> None:
     if json:
         print_json(_forecast_as_json(forecast))
         return
-    console.print(
-        f"[bold]{forecast.address}[/bold]: {cache.num_examples:,} examples, {cache.num_rows * cache.num_views:,} rows "
-        f"of {cache.num_classes:,} classes; {cache.num_shards:,} shards of {cache.shard_rows:,} rows a teacher"
+    say(
+        f"[bold]{escape(forecast.address)}[/bold]: {cache.num_examples:,} examples, "
+        f"{cache.num_rows * cache.num_views:,} rows of {cache.num_classes:,} classes; "
+        f"{cache.num_shards:,} shards of {cache.shard_rows:,} rows a teacher"
     )
     table = Table("teacher", "pilot rows", "bytes a row", "KL at 1", "KL at 4", "largest KL", "rows/s")
     for item in forecast.teachers:
@@ -104,7 +107,7 @@ def _print_forecast(forecast: Forecast, *, json: bool) -> None:
             f"{1 / max(item.inference_seconds_per_row, item.encode_seconds_per_row, 1e-9):,.0f}",
         )
     console.print(table)
-    console.print(
+    say(
         f"forecast: {readable_bytes(forecast.num_bytes)} and {readable_seconds(forecast.seconds)} in this process; "
         "nothing was written"
     )

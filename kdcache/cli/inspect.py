@@ -22,6 +22,7 @@ from kdcache.cli.output import (
     print_json,
     progress_bar,
     readable_bytes,
+    say,
 )
 from kdcache.verify import verify_cache
 
@@ -49,11 +50,8 @@ def status(cache: Target, json: Json = False) -> None:
                 readable_bytes(item.num_bytes),
             )
         console.print(table)
-        console.print(
-            f"{found.address} is complete"
-            if found.is_complete
-            else f"{found.address} is not complete; run its build again"
-        )
+        said = "is complete" if found.is_complete else "is not complete; run its build again"
+        say(f"{escape(found.address)} {said}")
     if not found.is_complete:
         raise typer.Exit(INCOMPLETE)
 
@@ -75,9 +73,9 @@ def verify(cache: Target, json: Json = False) -> None:
         )
     else:
         for finding in report.findings:
-            console.print(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}", soft_wrap=True)
+            say(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}")
         said = "nothing wrong" if report.is_sound else f"{len(report.findings)} finding(s)"
-        console.print(f"{report.address}: {report.num_shards:,} shards, {readable_bytes(report.num_bytes)}: {said}")
+        say(f"{escape(report.address)}: {report.num_shards:,} shards, {readable_bytes(report.num_bytes)}: {said}")
     if not report.is_sound:
         raise typer.Exit(CORRUPT)
     if not report.is_complete:
@@ -107,12 +105,12 @@ def info(
             }
         )
         return
-    console.print(
-        f"[bold]{opened.address}[/bold]: {opened.num_examples:,} examples x {opened.num_views} view(s), "
+    say(
+        f"[bold]{escape(opened.address)}[/bold]: {opened.num_examples:,} examples x {opened.num_views} view(s), "
         f"{opened.num_classes:,} classes, {len(opened.teachers)} stored teacher(s), {readable_bytes(num_bytes)}"
     )
     for what, names in _alike(opened).items():
-        console.print(f"  {escape(', '.join(names))}: {escape(what)}")
+        say(f"  {escape(', '.join(names))}: {escape(what)}")
     table = Table("temperature", "mean KL", "largest KL", "KL at most", "total variation at most", title="stated error")
     for item in certificates:
         table.add_row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CORRUPT",
     "INCOMPLETE",
+    "INTERRUPTED",
     "Json",
     "Threads",
     "address_of",
@@ -15,6 +16,7 @@ __all__ = [
     "progress_bar",
     "readable_bytes",
     "readable_seconds",
+    "say",
     "use_threads",
 ]
 
@@ -31,11 +33,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdcache import jobs
+from kdcache.documents import GIVEN
 from kdcache.errors import CorruptCacheError, DocumentError, ExecutorError, IncompleteCacheError, KdcacheError
 
 BAD_INPUT = 2
 INCOMPLETE = 3
 CORRUPT = 4
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -52,9 +56,9 @@ def exit_code_of(error: KdcacheError) -> int:
     """Tell bad input, incomplete and corrupt apart."""
     if isinstance(error, IncompleteCacheError | ExecutorError):
         return INCOMPLETE
-    if isinstance(error, CorruptCacheError) or (isinstance(error, DocumentError) and error.document != "job"):
-        return CORRUPT
-    return BAD_INPUT
+    if isinstance(error, DocumentError):
+        return BAD_INPUT if error.document == "job" or error.source == GIVEN else CORRUPT
+    return CORRUPT if isinstance(error, CorruptCacheError) else BAD_INPUT
 
 
 def print_error(error: KdcacheError, *, as_json: bool) -> None:
@@ -64,6 +68,11 @@ def print_error(error: KdcacheError, *, as_json: bool) -> None:
         sys.stderr.write(json.dumps(body) + "\n")
     else:
         _errors.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a line with markup on stdout; a long one is left to the terminal to wrap, so that addresses stay whole."""
+    console.print(text, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

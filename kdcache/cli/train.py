@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache import jobs
-from kdcache.cli.output import Json, Threads, console, print_json, progress_bar, use_threads
+from kdcache.cli.output import Json, Threads, console, print_json, progress_bar, say, use_threads
 from kdcache.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def train(
         corrected = _percent(result.corrected_test)
         table.add_row(escape(result.sweep), *_columns(result.settings), _percent(result.test), corrected)
     console.print(table)
-    console.print(f"metrics, students and pictures: {folder / 'students'}")
+    say(f"metrics, students and pictures: {escape(str(folder / 'students'))}")
     for picture in pictures:
-        console.print(f"picture: {picture}")
+        say(f"picture: {escape(str(picture))}")
 
 
 def _list_students(loaded: LoadedJob, only: list[str] | None, *, json: bool) -> None:
@@ -87,7 +87,7 @@ def _list_students(loaded: LoadedJob, only: list[str] | None, *, json: bool) -> 
     for sweep, settings in listed:
         table.add_row(escape(sweep.name), *_columns(settings), str(sweep.epochs))
     console.print(table)
-    console.print(f"{len(listed)} student(s); nothing was trained")
+    say(f"{len(listed)} student(s); nothing was trained")
 
 
 def _draw(folder: Path, sweeps: list[str]) -> list[Path]:
@@ -105,7 +105,7 @@ def _draw(folder: Path, sweeps: list[str]) -> list[Path]:
             if picture.suffix == ".png"
         ]
     except MissingExtraError as error:
-        console.print(f"no picture was drawn: {error}", soft_wrap=True)
+        say(f"no picture was drawn: {escape(str(error))}")
         return []
 
 
