@@ -13,7 +13,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make check     format, lint, types, import order, schemas"
 	@echo "make bench     the benchmarks"
-	@echo "make mnist     the paper's MNIST section (about an hour and a half)"
+	@echo "make mnist     the paper's MNIST section (about an hour of processor time)"
 
 setup: $(READY)
 
