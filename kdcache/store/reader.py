@@ -20,7 +20,7 @@ from kdcache.documents import CacheDocument
 from kdcache.errors import ShapeError
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
-from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_index
+from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_index, shorter_than_index
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
 """Decoded chunks kept by a reader: a few hundred batches' worth of chunks, little beside any network."""
@@ -28,6 +28,7 @@ _MAX_GAP_BYTES = 32 * 1024
 """Chunks closer than this are read in one go: skipping less costs more than reading it."""
 _MAX_RANGE_BYTES = 16 * 2**20
 """No single read takes more memory than this, beyond a chunk of its own."""
+_MISSING = "the shard is missing"
 
 Value = TypeVar("Value")
 
@@ -147,13 +148,27 @@ class ShardedReader:
         place = self._place_of(shard_index)
         return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows)
 
+    def check_shards(self) -> None:
+        """Check that every shard is there with the bytes of an index at least; none is opened.
+
+        Raises
+        ------
+        CorruptCacheError
+            A shard is missing or too short.
+        """
+        for shard_index in range(self.num_rows // self.spec.shard_rows):
+            place = self._place_of(shard_index)
+            shard_bytes = self._shard_bytes(place)
+            if shard_bytes < self.spec.index_bytes:
+                raise shorter_than_index(shard_bytes, self.spec, place=place)
+
     def _read_chunks(self, shard_index: int, within: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         place = self._place_of(shard_index)
         index = self._index(shard_index, place)
         for run in _coalesced(within, index):
             first, last = index[run[0]], index[run[-1]]
             start, length = int(first[0]), int(last[0] + last[1] - first[0])
-            data = memoryview(self._objects.read_range(place.key, start, length))
+            data = memoryview(self._read_range(place, start, length))
             if len(data) != length:
                 raise place.corrupt(f"only {len(data)} of {length} bytes from byte {start} could be read")
             for chunk_in_shard in run:
@@ -168,20 +183,30 @@ class ShardedReader:
         index = self._indexes.get(shard_index)
         if index is not None:
             return index
-        shard_bytes = self._objects.size(place.key)
-        if shard_bytes is None:
-            raise place.corrupt("the shard is missing")
+        shard_bytes = self._shard_bytes(place)
         start = max(0, shard_bytes - self.spec.index_bytes)
-        tail = self._objects.read_range(place.key, start, shard_bytes - start)
+        tail = self._read_range(place, start, shard_bytes - start)
         index = parse_index(tail, self.spec, shard_bytes=shard_bytes, place=place)
         self._indexes.put(shard_index, index, index.nbytes)
         return index
+
+    def _shard_bytes(self, place: Place) -> int:
+        shard_bytes = self._objects.size(place.key)
+        if shard_bytes is None:
+            raise place.corrupt(_MISSING)
+        return shard_bytes
+
+    def _read_range(self, place: Place, start: int, length: int) -> bytes:
+        try:
+            return self._objects.read_range(place.key, start, length)
+        except FileNotFoundError as error:  # deleted since its index was read
+            raise place.corrupt(_MISSING) from error
 
     def _read_object(self, place: Place) -> bytes:
         try:
             return self._objects.read(place.key)
         except FileNotFoundError as error:
-            raise place.corrupt("the shard is missing") from error
+            raise place.corrupt(_MISSING) from error
 
 
 class CodesReader:
@@ -281,11 +306,11 @@ class CodesReader:
             A shard is missing, torn or altered, or holds no data where a row should be.
         """
         num_shards = self._cache_document.num_shards
-        first = self.read_shard(0)  # a cache whose shards are missing must not cost the memory of a whole one
+        self._reader.check_shards()  # a cache whose shards are missing must not cost the memory of a whole one
         shape = (num_shards * self.spec.shard_rows, self.spec.num_columns)
         codes = np.full(shape, self.spec.fill, dtype=self.spec.little)
         for shard_index in range(num_shards):
-            rows = self.read_shard(shard_index) if shard_index else first
+            rows = self.read_shard(shard_index)
             start = shard_index * self.spec.shard_rows
             codes[start : start + len(rows)] = rows
         return codes

@@ -8,7 +8,15 @@ would read as another number. All here is pure: bytes in, arrays out, no files.
 
 from __future__ import annotations
 
-__all__ = ["ShardSpec", "bytes_codec", "decode_chunk", "decode_shard", "encode_shard", "parse_index"]
+__all__ = [
+    "ShardSpec",
+    "bytes_codec",
+    "decode_chunk",
+    "decode_shard",
+    "encode_shard",
+    "parse_index",
+    "shorter_than_index",
+]
 
 import struct
 from dataclasses import dataclass
@@ -19,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
 
-from kdcache.errors import ShapeError
+from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store.place import Place
 
 _CLEVEL = 1
@@ -188,7 +196,7 @@ def parse_index(index: bytes, spec: ShardSpec, *, shard_bytes: int, place: Place
         index, so that a shard that lost or gained bytes anywhere is found out.
     """
     if len(index) != spec.index_bytes:
-        raise place.corrupt(f"the shard has {shard_bytes} bytes, fewer than the {spec.index_bytes} of its index alone")
+        raise shorter_than_index(shard_bytes, spec, place=place)
     body = index[:-_CHECKSUM_BYTES]
     if _checksum(body) != index[-_CHECKSUM_BYTES:]:
         raise place.corrupt("the checksum of the shard's index does not match: the shard is torn or altered")
@@ -202,6 +210,11 @@ def parse_index(index: bytes, spec: ShardSpec, *, shard_bytes: int, place: Place
             f"the shard's index does not cover its {body_bytes} bytes of chunks: bytes are lost or added"
         )
     return entries.astype(np.int64)
+
+
+def shorter_than_index(shard_bytes: int, spec: ShardSpec, *, place: Place) -> CorruptCacheError:
+    """Make the error that says that a shard has fewer bytes than its index alone."""
+    return place.corrupt(f"the shard has {shard_bytes} bytes, fewer than the {spec.index_bytes} of its index alone")
 
 
 def decode_chunk(

@@ -181,6 +181,23 @@ def test_a_missing_shard_is_an_error_that_names_it_and_the_remedy(written, read)
     )
 
 
+def test_a_shard_deleted_under_an_open_reader_is_missing(written):
+    reader = written.reader(cache_bytes=0)
+    reader.read_rows(np.array([200]))
+    written.store.objects.delete(SHARD)
+    with pytest.raises(CorruptCacheError, match=f"{SHARD}: the shard is missing.*run the build again"):
+        reader.read_rows(np.array([200]))
+
+
+def test_everything_is_read_only_when_every_shard_is_there(written, monkeypatch):
+    reader = written.reader()
+    written.store.objects.delete("teachers/a/codes/c/2/0")
+    monkeypatch.setattr(reader_module.np, "full", lambda *_, **__: pytest.fail("memory was taken"))
+    monkeypatch.setattr(reader_module, "decode_shard", lambda *_, **__: pytest.fail("a shard was read"))
+    with pytest.raises(CorruptCacheError, match="codes/c/2/0: the shard is missing"):
+        reader.read_all()
+
+
 def test_an_empty_shard_is_an_error(written, read):
     alter(written, SHARD, lambda _: b"")
     with pytest.raises(CorruptCacheError, match="fewer than the 68 of its index alone"):
