@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdcache.codecs.base import checked_temperature
 from kdcache.errors import OptionError, ShapeError
 from kdcache.soft_targets import (
     MEANS,
@@ -33,7 +34,6 @@ from kdcache.soft_targets import (
     SoftTargets,
     at_least_float32,
     check_choice,
-    checked_temperature,
     log_mean_probabilities,
     mean_logits,
 )
@@ -77,8 +77,8 @@ def distillation_loss(
     student_logits : Tensor [row, class]
         Of any floating-point type; lower precision than float32 is raised to float32.
     soft_targets : SoftTargets, or Tensor [row, class] or [row, teacher, class]
-        From a cache, moved to the student's device if need be; or teacher logits (not probabilities), which get no
-        gradient. A row that is not available makes its loss NaN: select with ``soft_targets.rows`` first.
+        From a cache, or teacher logits (not probabilities), which get no gradient; moved to the student's device if
+        need be. A row that is not available makes its loss NaN: select with ``soft_targets.rows`` first.
     labels : Tensor [row] of integers, optional
         Classes from 0. Needed unless `soft_weight` is 1, and ignored then. Where they lie on an accelerator, their
         range is left for the device to check, because a check here would wait for the device at every step.
@@ -322,7 +322,7 @@ class _Ensemble:
             found = (len(soft_targets), soft_targets.num_classes)
             self._source: SoftTargets | Tensor = soft_targets.to(student.device, non_blocking=True)
         else:
-            self._source = _members(soft_targets, weights, teachers)
+            self._source = _members(soft_targets, weights, teachers).to(student.device, non_blocking=True)
             found = (self._source.shape[0], self._source.shape[-1])
         if found != tuple(student.shape):
             raise ShapeError(

@@ -16,22 +16,27 @@ from __future__ import annotations
 __all__ = ["MEANS", "Mean", "SoftTargets", "log_mean_probabilities", "mean_logits", "soften"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kdcache.codecs.base import Decoder, check_codes
-from kdcache.errors import MergedCacheError, OptionError, ShapeError, TemperatureError, UnknownTeacherError
+from kdcache.codecs.base import Decoder, check_codes, checked_temperature
+from kdcache.errors import MergedCacheError, OptionError, ShapeError, UnknownTeacherError
 
 Mean = Literal["geometric", "arithmetic", "tempered-arithmetic"]
 """Name of a mean over teachers."""
 
 MEANS: tuple[Mean, ...] = get_args(Mean)
 """All names of means."""
+
+RowIndex = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.integer] | npt.NDArray[np.bool_] | Tensor
+"""What selects rows of a batch."""
 
 
 def soften(logits: Float[Tensor, "*batch class"], temperature: float | Tensor) -> Float[Tensor, "*batch class"]:
@@ -92,7 +97,8 @@ def mean_logits(
     if logits.shape[1] == 1:
         _normalised_weights(weights, logits)
         return logits[:, 0]
-    return torch.einsum("rtc,t->rc", logits, _normalised_weights(weights, logits))
+    # no einsum: autocast and TF32 would compute a product of matrices in reduced precision
+    return (logits * _normalised_weights(weights, logits)[:, None]).sum(dim=1)
 
 
 def log_mean_probabilities(
@@ -211,8 +217,11 @@ class SoftTargets:
     def __len__(self) -> int:
         return self.codes[0].shape[0]
 
-    def __getitem__(self, index: slice | Tensor) -> SoftTargets:
+    def __getitem__(self, index: RowIndex) -> SoftTargets:
         return self.rows(index)
+
+    def __iter__(self) -> Iterator[SoftTargets]:
+        return (self.rows(row) for row in range(len(self)))
 
     @property
     def num_classes(self) -> int:
@@ -254,22 +263,29 @@ class SoftTargets:
             self.num_rows,
         )
 
-    def rows(self, index: slice | Shaped[Tensor, " index"]) -> SoftTargets:
-        """Select rows by a slice, by row indices, or by a mask of bool; still coded.
+    def rows(self, index: RowIndex) -> SoftTargets:
+        """Select rows by a number, a slice, row indices or a mask of bool; still coded.
 
         The selection forgets `num_rows`, because it may cut through an example.
 
         Parameters
         ----------
-        index : slice or Tensor [index] of int64 or bool
-            On the codes' device.
+        index : int, slice, or sequence, ndarray or Tensor [index] of integers or [row] of bool
+            A single number gives a batch of one row. Negative numbers count from the end. Moved to the codes' device;
+            there, the range of indices that lie on an accelerator is left for the device to check.
+
+        Raises
+        ------
+        ShapeError
+            There is no such row, a mask has another length than the batch, or the index is no index of rows.
         """
+        chosen = index if isinstance(index, slice) else _positions(index, len(self)).to(self.device)
         return SoftTargets(
-            tuple(_select(codes, index) for codes in self.codes),
+            tuple(_select(codes, chosen) for codes in self.codes),
             self.decoders,
             self.teacher_names,
             self.merge,
-            None if self.available is None else _select(self.available, index),
+            None if self.available is None else _select(self.available, chosen),
         )
 
     def logits(self) -> Float[Tensor, "row teacher class"]:
@@ -332,7 +348,8 @@ class SoftTargets:
         Raises
         ------
         OptionError
-            `mean` is no known mean; a weight is negative or not finite, or all are 0; a teacher is named twice.
+            `mean` is no known mean; a weight is negative or not finite, or all are 0; a teacher is named twice, or
+            `teachers` is a text.
         MergedCacheError
             The cache keeps only the geometric mean, and another mean, weights or teachers were asked for.
         ShapeError
@@ -397,19 +414,6 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.to(torch.float32)
 
 
-def checked_temperature(temperature: float | Tensor) -> float:
-    """Give the temperature as a float, or raise a `TemperatureError` unless it is finite and above 0."""
-    if isinstance(temperature, Tensor) and temperature.ndim > 0:
-        raise TemperatureError(f"One temperature at a time: got a tensor of shape {tuple(temperature.shape)}.")
-    try:
-        value = math.nan if isinstance(temperature, bool) else float(temperature)
-    except (TypeError, ValueError) as error:
-        raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.") from error
-    if not (math.isfinite(value) and value > 0):
-        raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.")
-    return value
-
-
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is none of the choices with a `OptionError`."""
     if value not in choices:
@@ -436,7 +440,9 @@ def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor
 
 
 def _checked_names(teachers: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
+    if isinstance(teachers, str):
+        raise OptionError(f"`teachers` is a sequence of names, got the text {teachers!r}; write [{teachers!r}].")
+    names = tuple(teachers)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UnknownTeacherError(f"Unknown teachers {unknown} among {list(names)}; the ensemble has {list(known)}.")
@@ -454,10 +460,48 @@ def _weights_by_name(weights: Mapping[str, float], names: tuple[str, ...], known
     return [weights[name] for name in names]
 
 
-def _select(values: Tensor, index: slice | Tensor) -> Tensor:
-    if isinstance(index, slice):
-        return values[index]
-    positions = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+def _positions(index: object, num_rows: int) -> Tensor:
+    """Turn whatever selects rows, but a slice, into row numbers from 0: int64 [index]."""
+    given = _index_tensor(index)
+    if given.dtype == torch.bool:
+        if given.shape != (num_rows,):
+            raise ShapeError(f"A mask of {num_rows} rows must have the shape ({num_rows},), got {tuple(given.shape)}.")
+        return given.nonzero()[:, 0]
+    given = given.to(torch.int64)
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a check would wait for the device
+        _check_range(given, num_rows)
+    return torch.where(given < 0, given + num_rows, given)
+
+
+def _index_tensor(index: object) -> Tensor:
+    try:
+        given = index if isinstance(index, Tensor) else torch.from_numpy(np.array(index))
+    except (TypeError, ValueError) as error:
+        raise ShapeError(_no_index(index)) from error
+    if given.numel() == 0 and given.dtype != torch.bool and given.ndim == 1:
+        return given.to(torch.int64)  # an empty list has a floating-point type
+    is_number = given.ndim == 0 and given.dtype != torch.bool
+    if given.is_floating_point() or given.is_complex() or not (is_number or given.ndim == 1):
+        raise ShapeError(_no_index(index))
+    return given.reshape(1) if is_number else given
+
+
+def _no_index(index: object) -> str:
+    return (
+        "Rows are selected by an integer, a slice, a one-dimensional sequence of integers, or a mask of bool; "
+        f"got {index!r}."
+    )
+
+
+def _check_range(positions: Tensor, num_rows: int) -> None:
+    outside = positions[(positions < -num_rows) | (positions >= num_rows)]
+    if len(outside):
+        raise ShapeError(f"There is no row {int(outside[0])}: the batch has {num_rows} rows.")
+
+
+def _select(values: Tensor, positions: slice | Tensor) -> Tensor:
+    if isinstance(positions, slice):
+        return values[positions]
     if values.dtype == torch.uint16:  # not every device selects uint16
         return values.view(torch.int16).index_select(0, positions).view(torch.uint16)
     return values.index_select(0, positions)

@@ -11,10 +11,12 @@ __all__ = [
     "check_codes",
     "check_logits",
     "check_num_classes",
+    "checked_temperature",
     "parameters_to",
     "row_blocks",
 ]
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -26,7 +28,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from kdcache.documents.codec_specs import CodecSpec
-from kdcache.errors import CodecError, ShapeError, WrongClassCountError
+from kdcache.errors import CodecError, ShapeError, TemperatureError, WrongClassCountError
 
 StorageDtype = Literal["uint8", "uint16", "float16", "float32"]
 """Types of the stored codes: those every Zarr reader knows."""
@@ -200,6 +202,24 @@ def row_blocks(num_rows: int, num_columns: int, *, max_elements: int = BLOCK_ELE
     step = max(1, max_elements // max(1, num_columns))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def checked_temperature(temperature: float | Tensor) -> float:
+    """Give the temperature as a float, or raise a `TemperatureError` unless it is a finite number above 0."""
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        raise TemperatureError(f"One temperature at a time: got a tensor of shape {tuple(temperature.shape)}.")
+    try:
+        value = math.nan if _is_no_number(temperature) else float(temperature)
+    except (TypeError, ValueError) as error:
+        raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.") from error
+    if not (math.isfinite(value) and value > 0):
+        raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.")
+    return value
+
+
+def _is_no_number(value: object) -> bool:
+    """Tell whether `float` would take a value that is no number: a truth value or a text."""
+    return isinstance(value, bool | np.bool_ | str | bytes) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def check_num_classes(num_classes: int) -> None:

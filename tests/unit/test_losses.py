@@ -422,3 +422,31 @@ def test_the_loss_of_a_coded_batch_compiles_as_one_graph():
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(STUDENT, codes, LABELS), loss(STUDENT, codes, LABELS))
+
+
+# --- reduced precision and devices
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_autocast_changes_no_loss(divergence, mean):
+    loss = DistillationLoss(temperature=4.0, soft_weight=0.5, divergence=divergence, mean=mean)
+    expected = loss(STUDENT.float(), MEMBERS.float(), LABELS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(STUDENT.float(), MEMBERS.float(), LABELS)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_student_in_bfloat16_has_a_float32_loss(divergence):
+    loss = DistillationLoss(temperature=4.0, soft_weight=0.5, divergence=divergence)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(STUDENT.bfloat16(), MEMBERS.bfloat16(), LABELS)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("teacher", [TEACHER, MEMBERS], ids=["one teacher", "three teachers"])
+def test_plain_teacher_logits_follow_the_student_to_its_device(teacher, divergence):
+    found = distillation_loss(STUDENT.to("meta"), teacher, LABELS, temperature=4.0, divergence=divergence)
+    assert found.device.type == "meta"

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,7 +71,22 @@ def test_a_temperature_may_be_a_tensor_without_axes():
 
 
 @pytest.mark.parametrize(
-    "temperature", [0, -1.0, math.nan, math.inf, True, "warm", None, torch.tensor(0.0), torch.ones(1), torch.ones(2)]
+    "temperature",
+    [
+        0,
+        -1.0,
+        math.nan,
+        math.inf,
+        True,
+        "warm",
+        "4",
+        np.True_,
+        torch.tensor(True),
+        None,
+        torch.tensor(0.0),
+        torch.ones(1),
+        torch.ones(2),
+    ],
 )
 def test_what_is_no_temperature_is_refused(temperature):
     with pytest.raises(TemperatureError):
@@ -143,6 +159,28 @@ def test_another_number_of_weights_than_teachers_is_refused(weights):
         log_mean_probabilities(MEMBERS, temperature=1.0, mean="arithmetic", weights=weights)
 
 
+@pytest.mark.parametrize("mean", MEANS)
+def test_autocast_changes_no_soft_target(mean):
+    logits = MEMBERS.float()
+    expected = log_mean_probabilities(logits, temperature=2.0, mean=mean, weights=WEIGHTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = log_mean_probabilities(logits, temperature=2.0, mean=mean, weights=WEIGHTS)
+    assert torch.equal(found, expected)
+
+
+def test_autocast_changes_no_mean_logit():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mean_logits(MEMBERS.float(), weights=WEIGHTS)
+    assert torch.equal(found, mean_logits(MEMBERS.float(), weights=WEIGHTS))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 needs an accelerator")
+def test_reduced_precision_of_matrix_products_changes_no_mean_logit(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    found = mean_logits(MEMBERS.float().cuda(), weights=WEIGHTS).cpu()
+    torch.testing.assert_close(found, mean_logits(MEMBERS, weights=WEIGHTS).float(), rtol=1e-6, atol=1e-6)
+
+
 def test_an_unknown_mean_is_refused_with_the_known_ones():
     with pytest.raises(OptionError, match="'geometric', 'arithmetic', 'tempered-arithmetic'; got 'harmonic'"):
         log_mean_probabilities(MEMBERS, temperature=1.0, mean="harmonic")
@@ -210,6 +248,21 @@ def test_no_teachers_at_all_are_refused(ensemble):
         ensemble.probabilities(1.0, teachers=[])
 
 
+def test_a_teachers_name_outside_a_list_is_refused(ensemble):
+    with pytest.raises(OptionError, match=r"got the text 'a'; write \['a'\]"):
+        ensemble.probabilities(1.0, teachers="a")
+
+
+@pytest.mark.parametrize("spec", [Codes(dtype="uint8"), Codes(dtype="uint16"), Lossless()])
+@pytest.mark.parametrize("mean", MEANS)
+def test_autocast_changes_nothing_that_is_decoded(spec, mean):
+    soft_targets = coded(MEMBERS, spec, ("a", "b", "c"))
+    expected = soft_targets.log_probabilities(2.0, mean=mean)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = soft_targets.log_probabilities(2.0, mean=mean)
+    assert torch.equal(found, expected)
+
+
 def test_a_teacher_named_twice_is_refused(ensemble):
     with pytest.raises(OptionError, match="named twice"):
         ensemble.probabilities(1.0, teachers=["a", "a"])
@@ -263,6 +316,53 @@ def test_rows_are_selected_still_coded(spec, index):
     soft_targets = coded(MEMBERS, spec, ("a", "b", "c"))
     assert torch.equal(soft_targets.rows(index).logits(), soft_targets.logits()[index])
     assert soft_targets.rows(index).codes[0].dtype == soft_targets.codes[0].dtype
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (2, [2]),
+        (-1, [5]),
+        (np.int64(3), [3]),
+        ([4, 0, -2], [4, 0, 4]),
+        ((1, 1), [1, 1]),
+        (range(2, 4), [2, 3]),
+        (np.array([5, 1], dtype=np.int32), [5, 1]),
+        (np.array([3, 0], dtype=np.uint16), [3, 0]),
+        (torch.tensor([-1, 2], dtype=torch.int32), [5, 2]),
+        (torch.tensor(2), [2]),
+        ([True, False, False, False, True, False], [0, 4]),
+        (np.arange(6) > 3, [4, 5]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_whatever_names_rows_selects_them(ensemble, index, rows):
+    assert torch.equal(ensemble[index].logits(), ensemble.logits()[rows])
+
+
+def test_iterating_gives_batches_of_one_row(ensemble):
+    logits = [row.logits() for row in ensemble]
+    assert torch.equal(torch.cat(logits), ensemble.logits())
+    assert {len(row) for row in logits} == {1}
+
+
+@pytest.mark.parametrize("index", [6, -7, [0, 6], np.array([-7]), torch.tensor([99])])
+def test_rows_that_do_not_exist_are_refused(ensemble, index):
+    with pytest.raises(ShapeError, match=r"There is no row (6|-7|99): the batch has 6 rows"):
+        ensemble[index]
+
+
+@pytest.mark.parametrize("index", [[True], np.zeros(7, dtype=bool), torch.ones(5, dtype=torch.bool)])
+def test_a_selecting_mask_of_another_length_is_refused(ensemble, index):
+    with pytest.raises(ShapeError, match=r"A mask of 6 rows must have the shape \(6,\), got"):
+        ensemble[index]
+
+
+@pytest.mark.parametrize("index", [1.5, None, "a", True, [0.0], [[0, 1]], [[0], [1, 2]], torch.zeros(2), [None]])
+def test_what_names_no_rows_is_refused(ensemble, index):
+    with pytest.raises(ShapeError, match="Rows are selected by an integer, a slice"):
+        ensemble[index]
 
 
 def test_square_brackets_select_rows(ensemble):
