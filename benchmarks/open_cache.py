@@ -42,8 +42,8 @@ print(json.dumps({"first_open_seconds": seconds[0], "open_seconds": statistics.m
 
 def run() -> list[dict[str, Any]]:
     """Open caches of ten thousand and of ten million synthetic rows in fresh processes."""
-    folder = Path(tempfile.mkdtemp(prefix="kdcache-bench-"))
-    return [_measure(folder / str(count), count) for count in (10_000, 10_000_000)]
+    with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
+        return [_measure(Path(folder) / str(count), count) for count in (10_000, 10_000_000)]
 
 
 def _measure(address: Path, count: int) -> dict[str, Any]:

@@ -23,11 +23,12 @@ NUM_EXAMPLES = 12_800
 def run() -> list[dict[str, Any]]:
     """Measure an MLP and a small CNN, with 10 and with 1,000 classes, all on one torch thread."""
     pictures = torch.rand(NUM_EXAMPLES, 1, 28, 28)
-    return [
-        _compare(f"{name}, {num_classes:,} classes", student(num_classes), pictures, num_classes)
-        for num_classes in (10, 1000)
-        for name, student in (("MLP 784-800-800", _mlp), ("small CNN", _cnn))
-    ]
+    with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
+        return [
+            _compare(f"{name}, {num_classes:,} classes", student(num_classes), pictures, num_classes, Path(folder))
+            for num_classes in (10, 1000)
+            for name, student in (("MLP 784-800-800", _mlp), ("small CNN", _cnn))
+        ]
 
 
 def _mlp(num_classes: int) -> nn.Module:
@@ -48,10 +49,10 @@ def _teacher(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
 
 
-def _compare(title: str, student: nn.Module, pictures: Tensor, num_classes: int) -> dict[str, Any]:
+def _compare(title: str, student: nn.Module, pictures: Tensor, num_classes: int, folder: Path) -> dict[str, Any]:
     teacher = _teacher(num_classes)
     transfer_set = kdcache.TransferSet.from_arrays(pictures, labels=torch.arange(len(pictures)) % num_classes)
-    cache = kdcache.build_cache(Path(tempfile.mkdtemp()) / "cache", transfer_set, {"teacher": teacher})
+    cache = kdcache.build_cache(folder / title, transfer_set, {"teacher": teacher})
     loader = kdcache.SoftTargetLoader(cache, transfer_set, batch_size=BATCH_SIZE)
     with torch.inference_mode():
         logits = teacher(pictures)

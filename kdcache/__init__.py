@@ -14,6 +14,7 @@ __all__ = [
     "SoftTargetLoader",
     "SoftTargets",
     "TransferSet",
+    "Views",
     "__version__",
     "build_cache",
     "distillation_loss",
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from kdcache.losses import DistillationLoss, distillation_loss
     from kdcache.soft_targets import SoftTargets
     from kdcache.stream import SoftTargetLoader
-    from kdcache.transfer_set import TransferSet
+    from kdcache.transfer_set import TransferSet, Views
     from kdcache.verify import verify_cache
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _HOMES = {
     "SoftTargetLoader": "stream",
     "SoftTargets": "soft_targets",
     "TransferSet": "transfer_set",
+    "Views": "transfer_set",
     "build_cache": "build",
     "distillation_loss": "losses",
     "open_cache": "cache",

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Address", "Draft", "PlanOptions", "Teachers", "make_draft"]
 
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
 from kdcache.build.work import StoredTeacher, Work
-from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, PlanDocument
-from kdcache.errors import CacheExistsError, JobError
-from kdcache.store import CacheStore
+from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, Lossless, PlanDocument
+from kdcache.errors import CacheExistsError, JobError, OptionError
+from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import TransferSet
 
 Teachers = Mapping[str, nn.Module | Teacher] | Sequence[Teacher]
@@ -42,6 +43,14 @@ class PlanOptions:
     autocast: Autocast = None
     num_workers: int = 0
     add_teachers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.codec is not None and not isinstance(self.codec, Lossless | Codes):
+            raise OptionError(f"codec is {self.codec!r}; give kdcache.Codes(...) or kdcache.Lossless(...)")
+        for name in ("num_classes", "shard_rows", "chunk_rows", "batch_size", "num_pilot_rows", "num_workers"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _as_count(name, value, least=0 if name == "num_workers" else 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +107,30 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
         options.num_workers,
         (*folders, str(Path.cwd())),
     )
+    return Draft(store, plan_index, work, _is_complete(store, plan))
+
+
+def _is_complete(store: CacheStore, plan: PlanDocument) -> bool:
+    """Tell whether a plan's cache was finished, and none of its files was taken out since to be built anew."""
     complete = store.complete()
-    return Draft(store, plan_index, work, complete is not None and complete.plan_digest == plan.digest())
+    if complete is None or complete.plan_digest != plan.digest():
+        return False
+    standing = set(store.objects.list(""))
+    expected = {layout.EXAMPLES}
+    for name in plan.stored_names:
+        expected.update(layout.record_key(name, shard) for shard in range(plan.cache.num_shards))
+        expected.update(layout.shard_key(name, shard) for shard in range(plan.cache.num_shards))
+    return expected <= standing and store.index_digest() == complete.index_digest
+
+
+def _as_count(name: str, value: int, *, least: int) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise OptionError(f"{name} is {value!r}; expected a whole number. Nothing was written") from error
+    if isinstance(value, bool) or count < least:
+        raise OptionError(f"{name} is {value!r}; expected a whole number of at least {least}. Nothing was written")
+    return count
 
 
 def _propose(

@@ -18,6 +18,8 @@ from kdcache.store import CacheStore
 def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> CompleteDocument:
     """Publish complete.json for a plan all of whose tasks are done.
 
+    A late builder of an earlier plan changes nothing: what a later plan completed stays.
+
     Parameters
     ----------
     store : CacheStore
@@ -43,6 +45,9 @@ def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> Complete
     )
     store.consolidate()
     store.check_zarr(plan.stored_names, plan.cache)
+    standing = store.complete()
+    if standing is not None and standing.plan_index > plan_index:
+        return standing
     store.replace_complete(complete)
     return complete
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["BatchLogits", "Inputs", "shard_logits"]
 
+import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcache.build.rows import BatchKey, RowMap
-from kdcache.errors import InputMismatchError, NonFiniteLogitsError, WrongClassCountError
+from kdcache.errors import ExecutorError, InputMismatchError, NonFiniteLogitsError, WrongClassCountError
 from kdcache.transfer_set import TransferSet
 
 LOOK_AHEAD = 2
@@ -208,6 +209,12 @@ class _BatchDataset(Dataset[Any]):
 
 
 def _load_with_processes(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:
+    if multiprocessing.current_process().daemon:
+        raise ExecutorError(
+            f"num_workers={inputs.num_workers} asks for processes that load examples, and this worker is daemonic: it "
+            "may not start any. Start Dask workers with the setting distributed.worker.daemon=false (DASK_DISTRIBUTED__"
+            "WORKER__DAEMON=False), or use num_workers=0. Shards that are published are kept"
+        )
     yield from DataLoader(
         _BatchDataset(inputs, keys),
         batch_size=None,

@@ -181,6 +181,11 @@ def _advice(paths: list[str]) -> str:
             "The transfer set is another one: other ids, labels, row counts or inputs. Give the one the cache was "
             "planned with, or build at a new address."
         )
+    if any(path.endswith("settings_sha256") for path in paths):
+        return (
+            "A teacher is made otherwise under the same name: other layers, options or factory arguments. Make it as "
+            "before, or give it a new name and add it (add_teachers=True, --add-teachers), or build at a new address."
+        )
     if any(path.endswith("weights_sha256") for path in paths):
         return (
             "A teacher's weights changed under the same name. Give the old checkpoint, or give the new one a new name "

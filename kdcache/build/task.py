@@ -26,6 +26,9 @@ from kdcache.documents import CacheDocument, CertificateDocument, Record, Teache
 from kdcache.errors import CorruptCacheError
 from kdcache.store import CacheStore
 
+HASHING_THREADS = 8
+"""Published shards read and hashed at once when a build is resumed."""
+
 MEASURED_ELEMENTS = 2**21
 """Logits of a shard whose KL is measured at most; every row's error range is always measured."""
 
@@ -169,11 +172,10 @@ def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> l
     """
     records = store.records(teacher)
     missing = [shard for shard in range(cache.num_shards) if shard not in records]
-    bad = [
-        shard
-        for shard, record in sorted(records.items())
-        if shard < cache.num_shards and not is_done(store, cache, teacher, shard, record)
-    ]
+    published = [shard for shard in sorted(records) if shard < cache.num_shards]
+    with ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="kdcache-hash") as pool:
+        done = pool.map(lambda shard: is_done(store, cache, teacher, shard, records[shard]), published)
+        bad = [shard for shard, intact in zip(published, done, strict=True) if not intact]
     if bad:
         raise CorruptCacheError(
             f"cache {store.address}: teacher {teacher!r} has {len(bad)} shard(s) that no longer match their records: "

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-__all__ = ["ModuleTeacher", "SourcedTeacher", "Teacher", "load_checkpoint", "weights_digest"]
+__all__ = ["ModuleTeacher", "SourcedTeacher", "Teacher", "load_checkpoint", "settings_digest", "weights_digest"]
 
 import contextlib
 import functools
 import hashlib
+import json
+import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kdcache import jobs
 from kdcache.documents import Fingerprint, TeacherSource
-from kdcache.errors import JobError, WrongClassCountError
+from kdcache.errors import JobError, OptionError, WrongClassCountError
 
 Autocast = Literal["bfloat16", "float16"] | None
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of lambdas and bound methods: another one in every process
+_IN_USE_LOCK = threading.Lock()
+
+
+@dataclass
+class _Use:
+    """How often a module is running now, and what it was like before the first use."""
+
+    count: int
+    modes: dict[nn.Module, bool]
+    device: torch.device
+
+
+_IN_USE: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
 
 
 @runtime_checkable
@@ -55,6 +73,8 @@ class ModuleTeacher:
         Reduced precision of the forward pass.
     source : str, optional
         Provenance; the module's class by default.
+    arguments : mapping, optional
+        What the module was made with, where it came from a factory: part of its fingerprint.
     """
 
     name: str
@@ -62,6 +82,7 @@ class ModuleTeacher:
     device: str = "auto"
     autocast: Autocast = None
     source: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -71,22 +92,19 @@ class ModuleTeacher:
             name=self.name,
             source=self.source or f"{kind.__module__}:{kind.__qualname__}",
             weights_sha256=weights_digest(self.module),
+            settings_sha256=settings_digest(self.module, self.arguments),
             autocast=self.autocast,
         )
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Callable[[Any], Tensor]]:
-        """Run the module in evaluation mode on its device; its modes and device are restored afterwards."""
-        modes = {module: module.training for module in self.module.modules()}
-        before = next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
+        """Run the module in evaluation mode on its device; its modes and device are restored after the last use."""
         device = choose_device(self.device)
-        self.module.eval().to(device)
+        _begin(self.module, device)
         try:
             yield functools.partial(_forward, self.module, device, self.autocast)
         finally:
-            self.module.to(before)
-            for module, mode in modes.items():
-                module.training = mode
+            _end(self.module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +141,14 @@ class SourcedTeacher:
             )
         if self.source.checkpoint is not None:
             load_checkpoint(module, self.folder / self.source.checkpoint, name=self.source.name)
-        return ModuleTeacher(self.source.name, module, self.device, self.autocast, source=self.source.factory)
+        return ModuleTeacher(
+            self.source.name,
+            module,
+            self.device,
+            self.autocast,
+            source=self.source.factory,
+            arguments=self.source.arguments,
+        )
 
     def running(self) -> contextlib.AbstractContextManager[Callable[[Any], Tensor]]:
         """Load the teacher if this process has not yet, and run it."""
@@ -168,9 +193,11 @@ class MergedTeacher:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in the module's order."""
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, saved ones first."""
     hasher = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    state = module.state_dict()
+    hidden = {f"(not saved) {name}": value for name, value in module.named_buffers() if name not in state}
+    for name, value in {**state, **hidden}.items():
         if not isinstance(value, Tensor):
             hasher.update(f"{name}|{value!r}\n".encode())
             continue
@@ -178,6 +205,16 @@ def weights_digest(module: nn.Module) -> str:
         hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
+
+
+def settings_digest(module: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """SHA-256 over a module's printed form and what it was made with: other layers or options, another teacher.
+
+    What a forward method does with neither weights, options nor submodules to show for it cannot be seen from here.
+    """
+    described = _ADDRESS.sub("", repr(module))
+    text = json.dumps({"arguments": dict(arguments), "module": described}, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
@@ -208,8 +245,34 @@ def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
 def choose_device(device: str) -> torch.device:
     """Resolve `auto` to cuda where there is one, else cpu."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise OptionError(f"there is no device {device!r}; give 'auto', 'cpu', 'cuda', 'cuda:1'") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _begin(module: nn.Module, device: torch.device) -> None:
+    with _IN_USE_LOCK:
+        use = _IN_USE.get(module)
+        if use is None:
+            modes = {part: part.training for part in module.modules()}
+            before = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+            use = _IN_USE[module] = _Use(0, modes, before)
+            module.eval().to(device)
+        use.count += 1
+
+
+def _end(module: nn.Module) -> None:
+    with _IN_USE_LOCK:
+        use = _IN_USE[module]
+        use.count -= 1
+        if use.count:
+            return
+        del _IN_USE[module]
+        module.to(use.device)
+        for part, mode in use.modes.items():
+            part.training = mode
 
 
 @torch.inference_mode()

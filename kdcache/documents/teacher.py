@@ -22,6 +22,9 @@ class Fingerprint(Document):
     """The class or import string the network was made from: provenance, never imported when reading."""
     weights_sha256: Digest
     """Digest over the names, dtypes, shapes and bytes of all weights, or of a caller's own fingerprint."""
+    settings_sha256: Digest | None = None
+    """Digest over what the weights do not tell: the factory's arguments and the network's own description. Absent where
+    a caller's own fingerprint tells all."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """The reduced precision the network ran in."""
 

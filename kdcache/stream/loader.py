@@ -108,8 +108,8 @@ class SoftTargetLoader:
         self._first_row, self._num_rows = self._join()
         self._has_single_rows = bool((self._num_rows[self._indices] == 1).all())
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
-        self._epoch = 0
-        self._next_batch = 0
+        self._epoch, self._start = 0, 0  # what the next iteration gives
+        self._position = (0, 0)  # behind the batch given last
         if cache.coded_bytes(teachers=teachers) <= max_resident_bytes and cache.complete is not None:
             cache.hold_in_memory(teachers=teachers)
 
@@ -120,12 +120,13 @@ class SoftTargetLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, from its first batch."""
-        self._epoch = epoch
-        self._next_batch = 0
+        self._epoch, self._start = epoch, 0
+        self._position = (epoch, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position: the epoch and the next batch that iteration will give; and what it is a position in."""
-        return {**self._order(), "epoch": self._epoch, "next_batch": self._next_batch}
+        """Give the position behind the batch given last, and what it is a position in."""
+        epoch, next_batch = self._position
+        return {**self._order(), "epoch": epoch, "next_batch": next_batch}
 
     def _order(self) -> dict[str, int]:
         return {
@@ -149,31 +150,36 @@ class SoftTargetLoader:
                 f"the state is of a loader with {other}, this one has {self._order()}: examples would be lost or "
                 "repeated. Make the loader with the same arguments"
             )
-        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
+        self._epoch, self._start = state["epoch"], state["next_batch"]
+        self._position = (self._epoch, self._start)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Give the (rest of the) current epoch, then move to the next epoch."""
-        batches = self._batches(self._epoch)
-        remaining = batches[self._next_batch :]
+        """Give a whole epoch, or after `load_state_dict` the rest of one; the next iteration gives the next epoch.
+
+        An iteration that is left before its end does not count: the next one gives the same epoch from its start.
+        """
+        epoch, start, self._start = self._epoch, self._start, 0
+        remaining = self._batches(epoch)[start:]
         if remaining:
             self._check_inputs(remaining[0])
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
             waiting: deque[Future[Batch]] = deque()
             try:
-                for indices in remaining:
+                for next_batch, indices in enumerate(remaining, start=start + 1 - LOOK_AHEAD):
                     waiting.append(pool.submit(self._make, indices))
                     if len(waiting) > LOOK_AHEAD:
-                        yield self._taken(waiting)
+                        yield self._taken(waiting, (epoch, next_batch))
                 while waiting:
-                    yield self._taken(waiting)
+                    yield self._taken(waiting, (epoch, start + len(remaining) + 1 - len(waiting)))
             finally:
                 for future in waiting:
                     future.cancel()
-        self._epoch, self._next_batch = self._epoch + 1, 0
+        self._epoch = epoch + 1
+        self._position = (self._epoch, 0)
 
-    def _taken(self, waiting: deque[Future[Batch]]) -> Batch:
+    def _taken(self, waiting: deque[Future[Batch]], position: tuple[int, int]) -> Batch:
         batch = waiting.popleft().result()
-        self._next_batch += 1
+        self._position = position
         return batch
 
     def _batches(self, epoch: int) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import cloudpickle
+import dask
 import torch
 from distributed import Client, LocalCluster, as_completed, get_worker
 from distributed.client import FutureCancelledError
@@ -57,6 +58,8 @@ class DaskExecutor:
 
     def __enter__(self) -> Self:
         """Connect to the cluster, starting it where it is ours."""
+        # daemonic workers could not start the processes that load examples (num_workers)
+        self._stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
         self._client = self._stack.enter_context(open_client(self._spec))
         return self
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import numpy as np
 import pytest
@@ -23,12 +24,11 @@ from kdcache.build.executors import InProcessExecutor
 from kdcache.documents import Fingerprint, TeacherSource
 from kdcache.errors import (
     CacheExistsError,
-    CodecError,
     DocumentError,
     DuplicateExampleError,
     JobError,
+    OptionError,
     PlanMismatchError,
-    ShapeError,
 )
 from kdcache.transfer_set import Views
 
@@ -274,12 +274,16 @@ BAD_ARGUMENTS = {
         DuplicateExampleError, "0 at positions 0 and 1",
     ),
     "rows that do not divide": ({"shard_rows": 10, "chunk_rows": 3}, DocumentError, "is no multiple of chunk_rows"),
-    "a negative batch": ({"batch_size": -1}, DocumentError, "batch_size: Input should be greater than or equal to 1"),
-    "an empty batch": ({"batch_size": 0}, DocumentError, "batch_size: Input should be greater than or equal to 1"),
-    "an empty pilot": ({"num_pilot_rows": 0}, DocumentError, "num_pilot_rows: Input should be greater than or equal"),
-    "no classes": ({"num_classes": 0}, CodecError, "at least 1 class, got num_classes=0"),
-    "empty shards": ({"shard_rows": 0, "chunk_rows": None}, ShapeError, "shard_rows is 0; at least 1 is needed"),
-    "empty chunks": ({"shard_rows": None, "chunk_rows": 0}, ShapeError, "chunk_rows is 0; at least 1 is needed"),
+    "a negative batch": ({"batch_size": -1}, OptionError, "batch_size is -1; expected a whole number of at least 1"),
+    "an empty batch": ({"batch_size": 0}, OptionError, "batch_size is 0; expected"),
+    "an empty pilot": ({"num_pilot_rows": 0}, OptionError, "num_pilot_rows is 0; expected"),
+    "no classes": ({"num_classes": 0}, OptionError, "num_classes is 0; expected"),
+    "empty shards": ({"shard_rows": 0, "chunk_rows": None}, OptionError, "shard_rows is 0; expected"),
+    "empty chunks": ({"shard_rows": None, "chunk_rows": 0}, OptionError, "chunk_rows is 0; expected"),
+    "half a batch": ({"batch_size": 1.5}, OptionError, "batch_size is 1.5; expected a whole number"),
+    "processes below none": ({"num_workers": -1}, OptionError, "num_workers is -1; expected"),
+    "a codec by name": ({"codec": "codes"}, OptionError, r"codec is 'codes'; give kdcache\.Codes"),
+    "no such device": ({"device": "gpu"}, OptionError, "there is no device 'gpu'"),
 }  # fmt: skip
 
 
@@ -525,3 +529,26 @@ def test_a_lossless_cache_refuses_to_round(folder):
     with pytest.raises(kdcache.errors.CodecError, match=r"Use Lossless\(dtype=\"float32\"\)"):
         build_tiny(folder, codec=Lossless(dtype="bfloat16"))
     assert not folder.exists()
+
+
+def test_files_taken_out_of_a_finished_cache_are_built_anew(folder):
+    built = build_tiny(folder).complete
+    (folder / "teachers/b/codes/c/1/0").unlink()
+    (folder / "commits/b/1.json").unlink()
+    assert build_tiny(folder).complete == built
+    assert verify_cache(folder).is_sound
+
+
+def test_an_index_taken_out_of_a_finished_cache_is_written_anew(folder):
+    build_tiny(folder)
+    shutil.rmtree(folder / "index")
+    build_tiny(folder)
+    assert verify_cache(folder).is_sound
+
+
+def test_the_same_weights_in_other_layers_are_another_teacher(folder):
+    torch.manual_seed(0)
+    first = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    build_tiny(folder, teachers={"a": first})
+    with pytest.raises(PlanMismatchError, match=r"teachers\.a\.settings_sha256"):
+        build_tiny(folder, teachers={"a": torch.nn.Sequential(first[0], torch.nn.Tanh())})

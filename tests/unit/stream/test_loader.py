@@ -369,11 +369,27 @@ def test_a_resumed_loader_joins_rightly(cache, undisturbed):
     assert joined_rightly(loader)
 
 
-def test_a_loop_that_was_left_goes_on_where_it_was_left(cache):
+def test_a_loop_that_was_left_loses_nothing_of_the_next(cache):
+    loader = loader_of(cache, seed=3)
+    next(iter(loader))
+    whole = [inputs for inputs, _, _ in loader]
+    assert torch.equal(torch.cat(whole), tiny_inputs()[epoch_order(40, seed=3, epoch=0)])
+
+
+def test_the_state_of_a_loop_that_was_left_is_where_it_was_left(cache):
     loader = loader_of(cache, seed=3)
     first = next(iter(loader))[0]
-    rest = [inputs for inputs, _, _ in loader]
+    state = loader.state_dict()
+    resumed = loader_of(cache, seed=3)
+    resumed.load_state_dict(state)
+    rest = [inputs for inputs, _, _ in resumed]
     assert torch.equal(torch.cat([first, *rest]), tiny_inputs()[epoch_order(40, seed=3, epoch=0)])
+
+
+def test_two_loops_at_once_see_the_same_batches(cache):
+    loader = loader_of(cache, seed=3)
+    pairs = list(zip(loader, loader, strict=True))
+    assert all(torch.equal(one[0], other[0]) for one, other in pairs)
 
 
 def test_choosing_an_epoch_forgets_a_loop_that_was_left(cache):
