@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["ATTRIBUTE", "CacheFiles"]
+__all__ = ["ATTRIBUTE", "MAX_JSON_BYTES", "CacheFiles"]
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
+
+import numpy.typing as npt
 
 from kdcache.documents import Document
 from kdcache.errors import DocumentError, Problem
@@ -16,6 +18,9 @@ from kdcache.store.place import Place
 
 ATTRIBUTE = "kdcache"
 """The Zarr attribute under which a group keeps its document."""
+
+MAX_JSON_BYTES = 64 * 2**20
+"""The largest JSON file that is read: a thousand times the largest of a real cache, and little memory."""
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -46,10 +51,11 @@ class CacheFiles:
 
     def read_json(self, place: Place) -> dict[str, Any] | None:
         """Read a JSON object; None where there is no file, CorruptCacheError where it is no JSON object."""
-        try:
-            value = json.loads(self.objects.read(place.key))
-        except FileNotFoundError:
+        data = self._read_text(place)
+        if data is None:
             return None
+        try:
+            value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise place.corrupt(f"the file is no JSON ({error})") from error
         if not isinstance(value, dict):
@@ -58,11 +64,9 @@ class CacheFiles:
 
     def read_document(self, kind: type[AnyDocument], key: str) -> AnyDocument | None:
         """Read a document from a file of its own; None where there is no such file."""
-        try:
-            data = self.objects.read(key)
-        except FileNotFoundError:
-            return None
-        return kind.from_json(data, source=str(self.place(key)))
+        place = self.place(key)
+        data = self._read_text(place)
+        return None if data is None else kind.from_json(data, source=str(place))
 
     def read_group_document(self, kind: type[AnyDocument], group: str) -> AnyDocument | None:
         """Read the document in a Zarr group's attributes; None where there is no group."""
@@ -89,6 +93,42 @@ class CacheFiles:
         """Store a JSON document unless something stands under the key; True when this one was stored."""
         return self.objects.publish(key, arrays.to_json(metadata))
 
+    def publish_metadata(self, place: Place, metadata: Mapping[str, Any]) -> None:
+        """Store metadata that follow from what is known, or check that those that stand are the same.
+
+        Raises
+        ------
+        CorruptCacheError
+            Other metadata, or damaged ones, stand there.
+        """
+        if not self.publish_json(place.key, metadata) and self.read_json(place) != metadata:
+            raise place.corrupt("the metadata that stand there are not those that this build would write")
+
+    def publish_small_array(self, place: Place, array: npt.NDArray[Any]) -> None:
+        """Store an array of one chunk, or check that the one that stands is the same.
+
+        Raises
+        ------
+        CorruptCacheError
+            Another array, or a damaged one, stands there.
+        """
+        data = arrays.encode_small_array(array)
+        if self.objects.publish(place.key, data):
+            return
+        standing = self.read(place)
+        arrays.decode_small_array(standing, dtype=array.dtype.name, shape=array.shape, place=place)
+        if standing != data:
+            raise place.corrupt("the array that stands there is not the one that this build would write")
+
+    def _read_text(self, place: Place) -> bytes | None:
+        size = self.objects.size(place.key)
+        if size is not None and size > MAX_JSON_BYTES:
+            raise place.corrupt(f"the file has {size} bytes; no JSON document of a cache has over {MAX_JSON_BYTES}")
+        try:
+            return self.objects.read(place.key)
+        except FileNotFoundError:
+            return None
+
     def place(self, key: str) -> Place:
         """Give the place of a file with no remedy of its own."""
         return Place(self.address, key, f"Run `kdcache verify {self.address}` to see all damage.")
@@ -97,6 +137,10 @@ class CacheFiles:
         """Give the place of a file of the id index."""
         remedy = f"Delete the folder {layout.INDEX} and run the build again: it makes the index anew from the examples."
         return Place(self.address, key, remedy)
+
+    def parameter_place(self, key: str) -> Place:
+        """Give the place of a codec's parameter while it is written, when it can be written again."""
+        return Place(self.address, key, f"Delete {key} and run the build again: it stores the parameter anew.")
 
     def teacher_place(self, key: str, name: str) -> Place:
         """Give the place of a file that a teacher's shards depend on."""

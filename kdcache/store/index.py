@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.store.examples import ExampleTable, normal_ids
+from kdcache.store.place import Place
 from kdcache.store.reader import ShardedReader, by_chunk
 from kdcache.store.shards import ShardSpec
 
@@ -109,10 +110,12 @@ class IdIndex:
         (key, check) of the first entry of each chunk.
     num_examples : int
         Entries that are not padding.
+    num_rows : int
+        Rows of a view; no entry may point past them.
     example_id_type : {"int64", "string"}
         The type of the cache's ids.
-    address : str
-        The cache's address, for messages.
+    place : Place
+        Where the entries stand, for messages.
     """
 
     def __init__(
@@ -121,14 +124,16 @@ class IdIndex:
         fences: npt.NDArray[np.uint64],
         *,
         num_examples: int,
+        num_rows: int,
         example_id_type: str,
-        address: str,
+        place: Place,
     ) -> None:
         self._reader = reader
         self._fences = fences
         self._num_examples = num_examples
+        self._num_rows = num_rows
         self._example_id_type = example_id_type
-        self._address = address
+        self._place = place
 
     def lookup(
         self, example_ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]
@@ -176,7 +181,20 @@ class IdIndex:
             found[members] = entry[:, 2:]
         if not known.all():
             raise self._unknown(ids, ~known)
+        self._refuse_rows_outside(ids, found)
         return found[:, 0].astype(np.int64), found[:, 1].astype(np.int32)
+
+    def _refuse_rows_outside(self, ids: npt.NDArray[Any], found: npt.NDArray[np.uint64]) -> None:
+        first_row, num_rows = found[:, 0], found[:, 1]
+        total = np.uint64(self._num_rows)
+        # The row after the last is total at most, written so that no sum can run over.
+        outside = (num_rows < 1) | (num_rows > total) | (first_row > total - np.minimum(num_rows, total))
+        if outside.any():
+            example = int(np.argmax(outside))
+            raise self._place.corrupt(
+                f"the entry of example {ids.item(example)!r} says {num_rows[example]} rows from row "
+                f"{first_row[example]}, where a view has {self._num_rows} rows"
+            )
 
     def _unknown(self, ids: npt.NDArray[Any], unknown: npt.NDArray[np.bool_]) -> UnknownExampleError:
         missing = ids[unknown]
@@ -188,7 +206,7 @@ class IdIndex:
             convert = "int(value)" if self._example_id_type == "int64" else "str(value)"
             hint = f"You gave {given} ids; convert them, such as [{convert} for value in ids]."
         return UnknownExampleError(
-            f"{self._address}: {len(missing)} of {len(ids)} example ids are not in this cache: {named}{more}. "
+            f"{self._place.address}: {len(missing)} of {len(ids)} example ids are not in this cache: {named}{more}. "
             f"Its ids are {self._example_id_type}. {hint}"
         )
 

@@ -6,38 +6,42 @@ __all__ = ["index_digest", "open_index", "publish_index"]
 
 import hashlib
 
+import numpy as np
+import numpy.typing as npt
+
 from kdcache.documents import CacheDocument
 from kdcache.store import arrays, layout
 from kdcache.store.examples import ExampleTable
 from kdcache.store.files import CacheFiles
 from kdcache.store.index import CHUNK_ENTRIES, IdIndex, index_arrays, index_spec
+from kdcache.store.place import Place
 from kdcache.store.reader import ShardedReader
-from kdcache.store.shards import encode_shard
+from kdcache.store.shards import ShardSpec, decode_shard, encode_shard
 
 _FENCES_CHUNK = layout.chunk_key(layout.INDEX_FENCES, (0, 0))
 
 
 def publish_index(files: CacheFiles, table: ExampleTable) -> None:
-    """Store the id index of a table, whatever part of it is missing.
+    """Store the id index of a table, whatever part of it is missing, and check the parts that stand.
 
     Raises
     ------
     DuplicateExampleError
         An example_id stands more than once; nothing is written.
+    CorruptCacheError
+        A part that stands is damaged, or is that of another table.
     """
     index = index_arrays(table)
     spec = index_spec(len(table))
     num_shards = -(-len(table) // spec.shard_rows)
     for shard in range(num_shards):
-        key = layout.chunk_key(layout.INDEX_ENTRIES, (shard, 0))
-        if files.objects.size(key) is None:
-            rows = index.entries[shard * spec.shard_rows : (shard + 1) * spec.shard_rows]
-            files.objects.publish(key, encode_shard(rows, spec))
-    files.objects.publish(_FENCES_CHUNK, arrays.encode_small_array(index.fences))
+        place = files.index_place(layout.chunk_key(layout.INDEX_ENTRIES, (shard, 0)))
+        _publish_entries(files, place, index.entries[shard * spec.shard_rows : (shard + 1) * spec.shard_rows], spec)
+    files.publish_small_array(files.index_place(_FENCES_CHUNK), index.fences)
     entries = arrays.sharded_array_metadata(num_shards, spec, dimension_names=("entry", "field"))
     fences = arrays.small_array_metadata(index.fences, dimension_names=("chunk", "bound"))
-    files.publish_json(layout.metadata_key(layout.INDEX_ENTRIES), entries)
-    files.publish_json(layout.metadata_key(layout.INDEX_FENCES), fences)
+    files.publish_metadata(files.index_place(layout.metadata_key(layout.INDEX_ENTRIES)), entries)
+    files.publish_metadata(files.index_place(layout.metadata_key(layout.INDEX_FENCES)), fences)
 
 
 def open_index(files: CacheFiles, cache_document: CacheDocument) -> IdIndex:
@@ -63,9 +67,20 @@ def open_index(files: CacheFiles, cache_document: CacheDocument) -> IdIndex:
         reader,
         fences,
         num_examples=num_examples,
+        num_rows=cache_document.num_rows,
         example_id_type=cache_document.example_id_type,
-        address=files.address,
+        place=files.index_place(layout.INDEX_ENTRIES),
     )
+
+
+def _publish_entries(files: CacheFiles, place: Place, entries: npt.NDArray[np.uint64], spec: ShardSpec) -> None:
+    if files.objects.size(place.key) is None and files.objects.publish(place.key, encode_shard(entries, spec)):
+        return
+    # complete.json will vouch for what stands, so it must be what this build would have written.
+    standing = decode_shard(files.read(place), spec, place=place)
+    same = np.array_equal(standing[: len(entries)], entries)
+    if not same or (standing[len(entries) :] != np.uint64(spec.fill)).any():
+        raise place.corrupt("the entries that stand there are not those that follow from the examples")
 
 
 def index_digest(files: CacheFiles) -> str:

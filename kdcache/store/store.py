@@ -189,12 +189,14 @@ class CacheStore:
         return hashlib.sha256(self._files.read(self._files.place(layout.EXAMPLES))).hexdigest()
 
     def write_index(self, table: ExampleTable) -> None:
-        """Store the id index of a table, whatever part of it is missing.
+        """Store the id index of a table, whatever part of it is missing, and check the parts that stand.
 
         Raises
         ------
         DuplicateExampleError
             An example_id stands more than once; nothing is written.
+        CorruptCacheError
+            A part that stands is damaged, or is that of another table.
         """
         publish_index(self._files, table)
 

@@ -62,14 +62,21 @@ def describe_parameters(parameters: Mapping[str, npt.NDArray[Any]]) -> tuple[dic
 
 
 def publish_parameters(files: CacheFiles, group: str, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Store parameters in a group, each as a Zarr array of one chunk with a checksum."""
+    """Store parameters in a group, each as a Zarr array of one chunk with a checksum, and check those that stand.
+
+    Raises
+    ------
+    CorruptCacheError
+        A parameter that stands is damaged, or is another one.
+    """
     for name, array in sorted(parameters.items()):
         node = f"{group}/{name}"
         if array.size:
-            files.objects.publish(layout.chunk_key(node, (0,) * array.ndim), arrays.encode_small_array(array))
+            files.publish_small_array(files.parameter_place(layout.chunk_key(node, (0,) * array.ndim)), array)
         axes = [f"{name}_{axis}" for axis in range(array.ndim)]
-        files.publish_json(layout.metadata_key(node), arrays.small_array_metadata(array, dimension_names=axes))
-    files.publish_json(layout.metadata_key(group), arrays.group_metadata({}))
+        metadata = arrays.small_array_metadata(array, dimension_names=axes)
+        files.publish_metadata(files.parameter_place(layout.metadata_key(node)), metadata)
+    files.publish_metadata(files.parameter_place(layout.metadata_key(group)), arrays.group_metadata({}))
 
 
 def read_parameters(files: CacheFiles, document: TeacherDocument) -> dict[str, npt.NDArray[Any]]:

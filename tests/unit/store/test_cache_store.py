@@ -17,6 +17,7 @@ from kdcache.errors import (
     ShapeError,
 )
 from kdcache.store import CacheStore, ExampleTable
+from kdcache.store.arrays import encode_small_array
 from kdcache.store.shards import encode_shard
 
 
@@ -154,6 +155,17 @@ def test_a_root_that_is_no_json_object_is_corrupt(store, text):
         store.cache_document()
 
 
+@pytest.mark.parametrize("key", ["zarr.json", "complete.json", "commits/a/0.json"])
+def test_a_document_too_large_for_any_is_refused_before_it_is_read(store, monkeypatch, key):
+    store.objects.publish(key, b"{}")
+    monkeypatch.setattr(type(store.objects), "size", lambda *_: 2**26 + 1)
+    monkeypatch.setattr(type(store.objects), "read", lambda *_: pytest.fail("the file was read"))
+    reads = {"zarr.json": store.cache_document, "complete.json": store.complete}
+    read = reads.get(key, lambda: store.record("a", 0))
+    with pytest.raises(CorruptCacheError, match=f"{key}: the file has 67108865 bytes; no JSON document of a cache has"):
+        read()
+
+
 # Examples
 
 
@@ -286,6 +298,31 @@ def test_an_altered_parameter_is_corrupt(written, change, reason):
     written.store.objects.replace(key, change(written.store.objects.read(key)))
     with pytest.raises(CorruptCacheError, match=reason):
         written.store.parameters(written.teacher_document)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda _: b"", "has 0 bytes where its shape"),
+        (lambda data: b"x" + data[1:], "checksum does not match"),
+        (lambda _: encode_small_array(np.zeros(255, np.float32)), "is not the one that this build would write"),
+    ],
+)
+def test_a_parameter_that_a_stopped_build_left_damaged_is_never_vouched_for(written, change, reason):
+    key = parameter_key(written)
+    written.store.objects.replace(key, change(written.store.objects.read(key)))
+    codebook = {"codebook": np.linspace(0, 9, 255, dtype=np.float32)}
+    with pytest.raises(CorruptCacheError, match=f"{reason}.*Delete {key} and run the build again"):
+        written.store.publish_teacher(make_teacher_document(), codebook)
+
+
+@pytest.mark.parametrize("node", ["", "/codebook"])
+def test_metadata_of_a_parameter_that_a_stopped_build_left_damaged_are_never_vouched_for(written, node):
+    key = f"teachers/a/{written.teacher_document.parameters_group}{node}/zarr.json"
+    written.store.objects.replace(key, b'{"zarr_format": 3}')
+    codebook = {"codebook": np.linspace(0, 9, 255, dtype=np.float32)}
+    with pytest.raises(CorruptCacheError, match=f"{key}: the metadata that stand there are not"):
+        written.store.publish_teacher(make_teacher_document(), codebook)
 
 
 def test_a_missing_parameter_is_corrupt_with_a_remedy(written):

@@ -7,7 +7,10 @@ from store_builders import make_cache_document
 from kdcache.errors import CorruptCacheError, DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.store import CacheStore, ExampleTable
 from kdcache.store.index import CHUNK_ENTRIES, IdIndex, id_keys, index_arrays, index_spec
+from kdcache.store.place import Place
+from kdcache.store.shards import encode_shard
 
+PLACE = Place("CACHE", "index/entries", "Build again.")
 NUM_MANY = 3 * CHUNK_ENTRIES + 100
 
 
@@ -197,7 +200,12 @@ def test_strings_that_share_a_key_are_told_apart_by_the_check(monkeypatch):
     table = ExampleTable.make([str(number) for number in range(num_examples)])
     arrays = index_arrays(table)
     index = IdIndex(
-        OneChunk(arrays.entries), arrays.fences, num_examples=num_examples, example_id_type="string", address="CACHE"
+        OneChunk(arrays.entries),
+        arrays.fences,
+        num_examples=num_examples,
+        num_rows=num_examples,
+        example_id_type="string",
+        place=PLACE,
     )
     wanted = [3, CHUNK_ENTRIES - 1, CHUNK_ENTRIES, num_examples - 1]
     np.testing.assert_array_equal(index.lookup([str(number) for number in wanted])[0], wanted)
@@ -231,3 +239,74 @@ def test_fences_of_another_number_of_examples_are_an_error(many):
 def test_shards_of_the_index_hold_up_to_262144_entries():
     assert index_spec(10**7).shard_rows == 262_144
     assert index_spec(5000).shard_rows == 5120
+
+
+INDEX_ARRAYS = ["index/fences/c/0/0", "index/entries/c/0/0"]
+
+
+@pytest.mark.parametrize("key", INDEX_ARRAYS)
+def test_a_part_of_the_index_that_a_stopped_build_left_damaged_is_never_vouched_for(many, key):
+    store, table = many
+    data = bytearray(store.objects.read(key))
+    data[20] ^= 1
+    store.objects.replace(key, bytes(data))
+    with pytest.raises(CorruptCacheError, match=f"{key}: .*checksum.*Delete the folder index and run the build again"):
+        store.write_index(table)
+
+
+@pytest.mark.parametrize("key", [*INDEX_ARRAYS, "index/fences/zarr.json", "index/entries/zarr.json"])
+def test_a_part_of_the_index_that_is_empty_is_never_vouched_for(many, key):
+    store, table = many
+    store.objects.replace(key, b"")
+    with pytest.raises(CorruptCacheError, match=key):
+        store.write_index(table)
+
+
+@pytest.mark.parametrize("key", INDEX_ARRAYS)
+def test_a_part_of_another_index_is_never_vouched_for(many, tmp_path, key):
+    store, table = many
+    others = table.example_ids + (1 if table.example_id_type == "int64" else "x")
+    other = write_index(tmp_path / "other", ExampleTable.make(others, num_rows=table.num_rows))
+    store.objects.replace(key, other.objects.read(key))
+    with pytest.raises(CorruptCacheError, match=f"{key}: .* that stands? there (are|is) not"):
+        store.write_index(table)
+
+
+def test_entries_in_the_padding_of_the_index_are_never_vouched_for(many):
+    store, table = many
+    entries = np.full((4 * CHUNK_ENTRIES, 4), 2**64 - 1, np.uint64)
+    entries[:NUM_MANY] = index_arrays(table).entries
+    entries[-1] = 0
+    store.objects.replace("index/entries/c/0/0", encode_shard(entries, index_spec(NUM_MANY)))
+    with pytest.raises(CorruptCacheError, match="not those that follow from the examples"):
+        store.write_index(table)
+
+
+def test_metadata_of_another_index_are_never_vouched_for(many):
+    store, table = many
+    store.objects.replace("index/entries/zarr.json", store.objects.read("index/fences/zarr.json"))
+    with pytest.raises(CorruptCacheError, match=r"index/entries/zarr\.json: the metadata that stand there are not"):
+        store.write_index(table)
+
+
+def test_writing_the_same_index_again_changes_nothing(many):
+    store, table = many
+    before = store.index_digest()
+    store.write_index(table)
+    assert store.index_digest() == before
+
+
+@pytest.mark.parametrize(
+    ("first_row", "num_rows"), [(0, 2**31 - 1), (0, 2**64 - 1), (2**64 - 1, 1), (5, 1), (4, 2), (0, 6), (0, 0)]
+)
+def test_an_entry_that_points_past_the_rows_of_a_view_is_corrupt(tmp_path, first_row, num_rows):
+    store = write_index(tmp_path / "cache", ExampleTable.make([7], num_rows=[5]))
+    entries = np.array([[7, 0, first_row, num_rows]], np.uint64)
+    store.objects.replace("index/entries/c/0/0", encode_shard(entries, index_spec(1)))
+    with pytest.raises(CorruptCacheError) as caught:
+        store.lookup([7])
+    assert str(caught.value) == (
+        f"{store.address}/index/entries: the entry of example 7 says {num_rows} rows from row {first_row}, where a "
+        "view has 5 rows. Nothing was changed. Delete the folder index and run the build again: it makes the index "
+        "anew from the examples."
+    )
