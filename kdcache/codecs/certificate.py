@@ -9,18 +9,20 @@ from __future__ import annotations
 
 __all__ = ["LADDER", "error_range", "kl_bound", "measure", "total_variation_bound"]
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from kdcache.codecs.base import row_blocks
-from kdcache.errors import ShapeError, TemperatureError
+from kdcache.codecs.base import checked_temperature, row_blocks
+from kdcache.errors import ShapeError
 
 LADDER: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 20.0)
 """Temperatures at which a cache is certified: the range that the paper trains with."""
+
+_LARGE = 30.0
+"""Centred error over temperature, in nats, beyond which exponentials of errors could overflow."""
 
 
 def measure(
@@ -32,7 +34,9 @@ def measure(
 
     Accurate to about 1e-15 nats however small the KL, and exactly 0 where nothing was lost, because the two
     distributions are never subtracted from each other: with errors e = decoded - logits, teacher soft targets p and
-    x = (e - E_p e) / temperature, KL = log(1 + E_p(exp(x) - 1 - x)), whose terms are all positive.
+    x = (e - E_p e) / temperature, KL = log(1 + E_p(exp(x) - 1 - x)), whose terms are all positive. A row with an x
+    above 30, as outlying and masked classes have, is measured as E_p(log p - log q) instead, which overflows for no
+    finite logits.
 
     Parameters
     ----------
@@ -46,7 +50,8 @@ def measure(
     Returns
     -------
     Tensor [row, temperature]
-        float64, in nats, at least 0. NaN in a row that holds NaN.
+        float64, in nats, at least 0, and finite for finite logits whose spans over temperature float64 holds. NaN in
+        a row that holds NaN.
 
     Raises
     ------
@@ -67,13 +72,13 @@ def measure(
     tensor([[0., 0.]], dtype=torch.float64)
     """
     _check_pair(logits, decoded)
-    _check_temperatures(temperatures)
+    divisors = [checked_temperature(temperature) for temperature in temperatures]
     divergences = torch.empty(logits.shape[0], len(temperatures), dtype=torch.float64)
     for block, true_block, decoded_block in _float64_blocks(logits, decoded):
-        errors = decoded_block.sub_(true_block)
-        gaps = true_block.sub_(true_block.amax(dim=1, keepdim=True))
-        for index, temperature in enumerate(temperatures):
-            divergences[block, index] = _divergence(gaps, errors, temperature).to(divergences.device)
+        true = true_block.sub_(true_block.amax(dim=1, keepdim=True))
+        coded = decoded_block.sub_(decoded_block.amax(dim=1, keepdim=True))
+        for index, divisor in enumerate(divisors):
+            divergences[block, index] = _divergence(true, coded, divisor).to(divergences.device)
     return divergences.to(_float64_device(logits.device))
 
 
@@ -123,8 +128,7 @@ def kl_bound(error_range: Float[Tensor, " row"], temperature: float) -> Float[Te
     TemperatureError
         The temperature is not a finite number above 0.
     """
-    _check_temperatures((temperature,))
-    return (error_range / temperature) ** 2 / 8
+    return (error_range / checked_temperature(temperature)) ** 2 / 8
 
 
 def total_variation_bound(error_range: Float[Tensor, " row"], temperature: float) -> Float[Tensor, " row"]:
@@ -144,17 +148,26 @@ def total_variation_bound(error_range: Float[Tensor, " row"], temperature: float
     TemperatureError
         The temperature is not a finite number above 0.
     """
-    _check_temperatures((temperature,))
-    return torch.tanh(error_range / (4 * temperature))
+    return torch.tanh(error_range / (4 * checked_temperature(temperature)))
 
 
-def _divergence(gaps: Tensor, errors: Tensor, temperature: float) -> Tensor:
-    weights = (gaps * (1 / temperature)).exp_()
+def _divergence(true: Tensor, coded: Tensor, temperature: float) -> Tensor:
+    """Give KL of logits whose rows have their maximum at 0."""
+    weights = (true / temperature).exp_()
     total = weights.sum(dim=1)
+    errors = coded - true
     centre = torch.linalg.vecdot(weights, errors) / total
-    offsets = (errors - centre[:, None]).mul_(1 / temperature)
+    offsets = errors.sub_(centre[:, None]).div_(temperature)
+    large = offsets.amax(dim=1) > _LARGE
     excess = torch.exp(offsets).sub_(1).sub_(offsets)
-    return torch.log1p((torch.linalg.vecdot(weights, excess) / total).clamp_(min=0))
+    divergences = torch.log1p((torch.linalg.vecdot(weights, excess) / total).clamp_(min=0))
+    divergences[large] = _large_divergence(true[large], coded[large], temperature)
+    return divergences
+
+
+def _large_divergence(true: Tensor, coded: Tensor, temperature: float) -> Tensor:
+    log_true, log_coded = (torch.log_softmax(logits / temperature, dim=1) for logits in (true, coded))
+    return (log_true.exp() * (log_true - log_coded)).sum(dim=1).clamp_(min=0)
 
 
 def _float64_blocks(logits: Tensor, decoded: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -177,9 +190,3 @@ def _check_pair(logits: Tensor, decoded: Tensor) -> None:
             "The teacher's and the decoded logits must have the same axes [row, class], "
             f"got {tuple(logits.shape)} and {tuple(decoded.shape)}."
         )
-
-
-def _check_temperatures(temperatures: Sequence[float]) -> None:
-    for temperature in temperatures:
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.")

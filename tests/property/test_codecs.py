@@ -165,6 +165,38 @@ def test_kl_is_never_negative_and_never_above_hoeffdings_bound(pair):
     assert bool((divergences <= bounds * (1 + 1e-9) + 1e-14).all())
 
 
+@st.composite
+def outlying_and_decoded(draw):
+    """Pairs of rows whose logits and errors are of any magnitude, masked classes among them."""
+    rows, errors = (draw(logits()).double() for _ in range(2))
+    errors = errors.repeat(1, rows.shape[1])[:, : rows.shape[1]]
+    places = st.lists(st.tuples(st.integers(0, 5), st.integers(0, rows.shape[1] - 1)), max_size=8)
+    for values in (rows, errors):
+        for place in draw(places):
+            values[place] = draw(st.floats(-1e30, 1e30))
+    return rows, rows + errors
+
+
+def divergence_by_definition(rows, decoded, temperature):
+    true, other = (torch.log_softmax(values / temperature, dim=1) for values in (rows, decoded))
+    return (true.exp() * (true - other)).sum(1)
+
+
+@common
+@given(outlying_and_decoded(), st.sampled_from(LADDER))
+def test_kl_is_finite_and_right_for_logits_of_any_magnitude(pair, temperature):
+    measured = measure(*pair, [temperature])[:, 0]
+    torch.testing.assert_close(measured, divergence_by_definition(*pair, temperature), rtol=1e-6, atol=1e-9)
+
+
+@common
+@given(outlying_and_decoded())
+def test_kl_of_logits_of_any_magnitude_is_below_hoeffdings_bound(pair):
+    ranges = error_range(*pair)
+    bounds = torch.stack([kl_bound(ranges, temperature) for temperature in LADDER], dim=1)
+    assert bool((measure(*pair) <= bounds * (1 + 1e-9) + 1e-9).all())
+
+
 @common
 @given(true_and_decoded(), st.sampled_from(LADDER))
 def test_total_variation_is_never_above_its_bound(pair, temperature):

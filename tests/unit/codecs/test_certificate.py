@@ -46,6 +46,42 @@ def test_a_shift_of_a_row_is_no_loss():
     assert float(measure(LOGITS.double(), LOGITS.double() + 1000.0).amax()) < 1e-15
 
 
+@pytest.mark.parametrize("masked", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("factor", [0.99, 1.0, 1.01])
+def test_a_masked_class_that_stays_masked_is_no_loss(masked, factor):
+    logits = LOGITS.double()
+    logits[:, 7] = masked
+    decoded = logits.clone()
+    decoded[:, 7] = masked * factor
+    assert float(measure(logits, decoded).amax()) < 1e-15
+
+
+@pytest.mark.parametrize("temperature", LADDER)
+def test_a_masked_class_hides_no_loss_of_the_others(temperature):
+    logits, decoded = LOGITS.double(), noisy(1e-3).double()
+    expected = measure(logits, decoded, [temperature])
+    masked = torch.full((32, 1), -1e9, dtype=torch.float64)
+    found = measure(torch.cat([logits, masked], 1), torch.cat([decoded, 0.99 * masked], 1), [temperature])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-14)
+
+
+def test_a_class_lost_altogether_costs_its_gap_times_its_probability():
+    measured = measure(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -1e9]]), [1.0])
+    assert measured.item() == pytest.approx(0.5e9, rel=1e-8)
+
+
+def test_another_class_on_top_costs_the_whole_gap():
+    measured = measure(torch.tensor([[0.0, -1e30]]), torch.tensor([[-1e30, 0.0]]), [1.0])
+    assert measured.item() == pytest.approx(1e30, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [29.0, 30.0, 31.0, 32.0])
+def test_large_and_small_errors_are_measured_alike(size):
+    logits = torch.tensor([[0.0, -3.0, -35.0]], dtype=torch.float64)
+    decoded = logits + torch.tensor([[0.0, 0.1, size]])
+    torch.testing.assert_close(measure(logits, decoded, [1.0])[:, 0], direct(logits, decoded, 1.0), rtol=1e-9, atol=0.0)
+
+
 def test_kl_of_two_classes_by_hand():
     expected = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     measured = measure(torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]]), [1.0])
@@ -95,7 +131,7 @@ def test_arrays_of_different_shapes_are_refused(call):
         call(LOGITS, LOGITS[1:])
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf"), True, "4", None])
 def test_temperatures_that_are_not_finite_and_positive_are_refused(temperature):
     with pytest.raises(TemperatureError, match="finite number above 0"):
         measure(LOGITS, LOGITS, [1.0, temperature])
