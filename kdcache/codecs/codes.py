@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_EXPONENT", "CodesCodec"]
+__all__ = ["MAX_EXPONENT", "WIDEST_MEAN_SPACING", "CodesCodec"]
 
 import math
 from collections.abc import Mapping
@@ -30,9 +30,11 @@ from kdcache.errors import CodecError, NonFiniteLogitsError
 MAX_EXPONENT = 30
 """Largest row exponent: a row may be 2^30 times as wide as the codebook."""
 
+WIDEST_MEAN_SPACING = 4.0
+"""Logits that a row may span for each level, on average: codes further apart keep no useful soft targets."""
+
 _MARGIN = 17 / 16  # room above the pilot's rows, so that most later rows need no larger exponent
 _NARROWEST = 2.0**-10  # a range of a thousandth of a nat: nothing narrower needs resolving
-_WIDEST = 2.0**60  # keeps the widest row's squares within float32
 _CURVATURES = tuple(index / 20 for index in range(20))  # 0 is uniform; at 1 the first level would have no width
 _SEARCH_ELEMENTS = 2**18
 _MIN_SEARCH_ROWS = 16
@@ -47,6 +49,7 @@ class CodesCodec:
     - codebook[c] = c (a + b c), with b = 0 for uniform spacing. For companded spacing b is chosen on the pilot.
     - h is the smallest for which the row's widest gap fits the codebook: nothing is ever clipped, however far the
       logits move from the pilot. h goes up to 30.
+    - A row that spans more than 4 logits a level, 1,016 with uint8 and 262,136 with uint16, is refused: see below.
     - Each gap gets the nearest level, so that a row's error range is bounded by its codes alone: `error_range_bound`.
     - The largest code, 255 or 65,535, is reserved for holes. A hole decodes to NaN.
 
@@ -69,6 +72,20 @@ class CodesCodec:
     ================================  =======  =========  =======  =========  =======  =========
 
     With uint16 every figure is about 70,000 times smaller.
+
+    A row's levels are spread over its widest gap, so a class that is masked with a large negative logit makes all
+    others coarse. Mean KL at T = 1 of 1,000 bell-shaped classes of standard deviation 4, one of them masked:
+
+    ======  ======  =======  =======  =======  =======
+    masked  -300    -1,000   -1e4     -65,000  -250,000
+    ======  ======  =======  =======  =======  =======
+    uint8   1.2e-3  4.4e-3   refused  refused  refused
+    uint16  1.7e-8  6.5e-8   1.9e-6   6.7e-5   9.3e-4
+    ======  ======  =======  =======  =======  =======
+
+    Such rows are refused and not clipped, because no place to clip serves every temperature and every mean: with a
+    weight w, a teacher that gives a class up brings the geometric mean down by w times the gap. Leave masked classes
+    out of the teacher's head, which changes no other odds; or use uint16 codes or `Lossless`.
 
     Parameters
     ----------
@@ -104,6 +121,11 @@ class CodesCodec:
         """Reserved code of a hole: the largest of the type."""
         return 255 if self.spec.dtype == "uint8" else 65535
 
+    @property
+    def widest_gap(self) -> float:
+        """Logits that a row may span: 1,016 with uint8 codes, 262,136 with uint16."""
+        return WIDEST_MEAN_SPACING * (self.fill - 1)
+
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[np.float32]]:
         """Fit the codebook to the pilot.
 
@@ -125,7 +147,7 @@ class CodesCodec:
         Raises
         ------
         CodecError
-            The pilot has no rows, or its logits span more than 2^60.
+            The pilot has no rows, or a row that spans more than `widest_gap`.
         NonFiniteLogitsError
             The pilot holds NaN or an infinity.
         ShapeError, WrongClassCountError
@@ -136,7 +158,7 @@ class CodesCodec:
             raise CodecError("The pilot has no rows: a codebook cannot be fitted.")
         pilot = pilot.detach().cpu()
         widest_gaps = torch.cat([_gaps(pilot[block]).amax(dim=1) for block in row_blocks(*pilot.shape)])
-        _check_widest(pilot, widest_gaps, limit=_WIDEST)
+        self._check_widest(pilot, widest_gaps, limit=self.widest_gap)
         width = _fitted_width(widest_gaps.double().numpy())
         curvature = 0.0 if self.spec.spacing == "uniform" else self._best_curvature(pilot, width)
         return _parameters(width, curvature, last_code=self.fill - 1)
@@ -184,7 +206,7 @@ class CodesCodec:
         Raises
         ------
         CodecError
-            A row is more than 2^30 times as wide as the codebook.
+            A row spans more than `widest_gap`, or is more than 2^30 times as wide as the codebook.
         NonFiniteLogitsError
             A logit is NaN or infinite.
         ShapeError, WrongClassCountError
@@ -195,7 +217,7 @@ class CodesCodec:
         codes = torch.empty(num_rows, self.num_columns, dtype=TORCH_DTYPES[self.storage_dtype], device=logits.device)
         for block in row_blocks(num_rows, num_classes):
             gaps = _gaps(logits[block].detach())
-            exponents = self._exponents(gaps, logits[block], parameters["codebook"][-1])
+            exponents = self._exponents(gaps, logits, block.start, parameters["codebook"][-1])
             scale = _power_of_two(exponents.neg())
             codes[block, :-1] = self._nearest(gaps.mul_(scale[:, None]), parameters["coefficients"])
             codes[block, -1] = exponents.to(codes.dtype)
@@ -283,14 +305,40 @@ class CodesCodec:
             return levels.mul_(linear * scale)
         return (levels * (quadratic * scale)).add_(linear * scale).mul_(levels)
 
-    def _exponents(self, gaps: Tensor, logits: Tensor, last_level: Tensor) -> Tensor:
+    def _exponents(self, gaps: Tensor, logits: Tensor, first_row: int, last_level: Tensor) -> Tensor:
         widest = gaps.amax(dim=1)
         ratio_bits = (widest / last_level).view(torch.int32)
         exponents = ((ratio_bits - 1 >> 23) - 126).clamp_(0, MAX_EXPONENT)
         exponents += widest > last_level * _power_of_two(exponents)  # the ratio was rounded down
-        if not bool(((exponents <= MAX_EXPONENT) & widest.isfinite()).all()):
-            _check_widest(logits, widest, limit=float(last_level) * 2.0**MAX_EXPONENT)
+        if not bool(((exponents <= MAX_EXPONENT) & (widest <= self.widest_gap)).all()):
+            limit = min(self.widest_gap, float(last_level) * 2.0**MAX_EXPONENT)
+            self._check_widest(logits[first_row:][: len(gaps)], widest, limit=limit, first_row=first_row)
         return exponents
+
+    def _check_widest(self, logits: Tensor, widest_gaps: Tensor, *, limit: float, first_row: int = 0) -> None:
+        finite = logits.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            row = first_row + int(finite.logical_not().nonzero()[0])
+            raise NonFiniteLogitsError(
+                f"Row {row} of the logits holds NaN or an infinity; a cache keeps finite logits."
+            )
+        worst = int(widest_gaps.argmax())
+        if not float(widest_gaps[worst]) <= limit:
+            raise CodecError(
+                f"Row {first_row + worst} spans {float(widest_gaps[worst]):.6g} logits, from class "
+                f"{int(logits[worst].argmax())} down to class {int(logits[worst].argmin())}; {self._reach(limit)} "
+                "Classes that are masked with a large negative logit are to be left out of the teacher's head, which "
+                f"changes no other class's odds; or use {self._finer}Lossless(). Nothing was encoded."
+            )
+
+    def _reach(self, limit: float) -> str:
+        if limit < self.widest_gap:
+            return f"this codebook reaches {limit:.6g} at most, so it was fitted on a pilot without such rows."
+        return f"{self.spec.dtype} codes reach {limit:.6g} at most, because wider rows lose their soft targets."
+
+    @property
+    def _finer(self) -> str:
+        return 'Codes(dtype="uint16"), which reach 262,136, or ' if self.spec.dtype == "uint8" else ""
 
     def _nearest(self, gaps: Tensor, coefficients: Tensor) -> Tensor:
         linear, quadratic = coefficients.unbind()
@@ -317,19 +365,6 @@ class CodesCodec:
 def _gaps(logits: Tensor) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
     return (wide.amax(dim=1, keepdim=True) - wide).to(torch.float32)
-
-
-def _check_widest(logits: Tensor, widest_gaps: Tensor, *, limit: float) -> None:
-    finite = logits.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        row = int(finite.logical_not().nonzero()[0])
-        raise NonFiniteLogitsError(f"Row {row} of the logits holds NaN or an infinity; a cache keeps finite logits.")
-    row = int(widest_gaps.argmax())
-    if not float(widest_gaps[row]) <= limit:
-        raise CodecError(
-            f"Row {row} spans {float(widest_gaps[row]):.6g} logits; this codebook reaches {limit:.6g} at most. "
-            "Look at the teacher's output, fit the codec on a pilot that holds such rows, or use Lossless()."
-        )
 
 
 def _fitted_width(widest_gaps: npt.NDArray[np.float64]) -> float:

@@ -1,5 +1,7 @@
 """The codes codec: nearest levels, exact maxima, no clipping, holes that show."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -43,10 +45,11 @@ def test_decoding_gives_minus_the_gaps():
     assert codec.decode(torch.tensor([[0, 1, 14, 0]], dtype=torch.uint8), parameters).tolist() == [[0.0, -0.5, -7.0]]
 
 
-@pytest.mark.parametrize(("gap", "exponent"), [(127.0, 0), (127.1, 1), (254.0, 1), (254.1, 2), (127.0 * 2**30, 30)])
-def test_the_exponent_is_the_smallest_that_fits_the_widest_gap(gap, exponent):
-    codec, parameters = uniform(0.5, 2)
-    assert codec.encode(torch.tensor([[0.0, -gap]]), parameters)[0, -1].item() == exponent
+@pytest.mark.parametrize(("widths", "exponent"), [(1.0, 0), (1.001, 1), (2.0, 1), (2.001, 2), (2.0**30, 30)])
+def test_the_exponent_is_the_smallest_that_fits_the_widest_gap(widths, exponent):
+    codec, parameters = uniform(2.0**-28, 2)
+    codes = codec.encode(-widths * torch.tensor([[0.0, 254 * 2.0**-28]]), parameters)
+    assert codes[0, -1].item() == exponent
 
 
 def test_a_row_wider_than_the_codebook_is_scaled_and_never_clipped():
@@ -56,9 +59,67 @@ def test_a_row_wider_than_the_codebook_is_scaled_and_never_clipped():
 
 
 def test_a_row_beyond_every_exponent_is_refused_with_its_width():
-    codec, parameters = uniform(0.5, 2)
-    with pytest.raises(CodecError, match=r"Row 1 spans 2e\+11 logits; this codebook reaches 1\.36365e\+11"):
-        codec.encode(torch.tensor([[0.0, 1.0], [0.0, -2e11]]), parameters)
+    codec, parameters = uniform(2.0**-29, 2)
+    with pytest.raises(CodecError, match=r"Row 1 spans 600 logits.*; this codebook reaches 508 at most"):
+        codec.encode(torch.tensor([[0.0, 1.0], [0.0, -600.0]]), parameters)
+
+
+@pytest.mark.parametrize("masked", [-1100.0, -1e4, -1e9, torch.finfo(torch.float32).min])
+def test_a_masked_class_is_refused_by_row_gap_class_and_remedies(masked):
+    codec, parameters = uniform(0.5, 3)
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, masked, 4.0]])
+    message = (
+        rf"Row 1 spans {re.escape(f'{5 - masked:.6g}')} logits, from class 0 down to class 1; "
+        r"uint8 codes reach 1016 at most.*"
+        r"left out of the teacher's head.*uint16.*reach 262,136, or Lossless\(\)\. Nothing was encoded"
+    )
+    with pytest.raises(CodecError, match=message):
+        codec.encode(logits, parameters)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_pilot_with_a_masked_class_is_refused(spec):
+    with pytest.raises(CodecError, match=r"Row 0 spans 1e\+09 logits, from class 0 down to class 1"):
+        CodesCodec(spec, 2).fit(torch.tensor([[0.0, -1e9]]))
+
+
+def test_sixteen_bits_offer_only_what_is_finer_still():
+    codec, parameters = fitted(Codes(dtype="uint16"), sampled())
+    with pytest.raises(CodecError, match=r"uint16 codes reach 262136 at most.* or use Lossless\(\)"):
+        codec.encode(torch.full((1, 20), -1e9).index_fill(1, torch.tensor(0), 0.0), parameters)
+
+
+def test_a_row_of_a_later_block_is_named_by_its_place_in_the_batch():
+    codec, parameters = uniform(0.5, 100_000)
+    logits = torch.zeros(7, 100_000)
+    logits[5, 3] = -2000.0
+    with pytest.raises(CodecError, match="Row 5 spans 2000 logits, from class 0 down to class 3"):
+        codec.encode(logits, parameters)
+
+
+def test_an_infinite_logit_of_a_later_block_is_named_by_its_place_in_the_batch():
+    codec, parameters = uniform(0.5, 100_000)
+    logits = torch.zeros(7, 100_000)
+    logits[6, 3] = float("-inf")
+    with pytest.raises(NonFiniteLogitsError, match="Row 6 of the logits"):
+        codec.encode(logits, parameters)
+
+
+@pytest.mark.parametrize(("dtype", "widest"), [("uint8", 1016.0), ("uint16", 262_136.0)])
+def test_the_widest_row_that_is_coded_spans_four_logits_a_level(dtype, widest):
+    codec, parameters = fitted(Codes(dtype=dtype), torch.tensor([[0.0, -widest]]))
+    decoded = codec.decode(codec.encode(torch.tensor([[0.0, -widest]]), parameters), parameters)
+    assert codec.widest_gap == widest
+    assert decoded[0, 1].item() == pytest.approx(-widest, rel=0.01)
+
+
+@pytest.mark.parametrize("masked", [-300.0, -1e4, -65_000.0])
+def test_sixteen_bits_keep_the_soft_targets_beside_a_masked_class(masked):
+    logits = sampled()
+    logits[:, 7] = masked
+    codec, parameters = fitted(Codes(dtype="uint16"), logits)
+    decoded = codec.decode(codec.encode(logits, parameters), parameters)
+    assert float(measure(logits, decoded).mean(0).amax()) < 1e-3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
