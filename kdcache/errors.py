@@ -27,6 +27,7 @@ __all__ = [
     "Problem",
     "ShapeError",
     "StoreError",
+    "TeacherError",
     "TemperatureError",
     "TransferSetError",
     "UnknownExampleError",
@@ -115,6 +116,10 @@ class NonFiniteLogitsError(KdcacheError, ArithmeticError):
 
 class WrongClassCountError(KdcacheError, ValueError):
     """A teacher's logits have another number of classes than the cache."""
+
+
+class TeacherError(KdcacheError, RuntimeError):
+    """A teacher failed while it ran; its own error is the cause."""
 
 
 class PlanMismatchError(KdcacheError, ValueError):

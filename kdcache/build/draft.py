@@ -8,8 +8,9 @@ import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
 from kdcache.build.work import StoredTeacher, Work
 from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, Lossless, PlanDocument
-from kdcache.errors import CacheExistsError, JobError, OptionError
+from kdcache.errors import CacheExistsError, JobError, OptionError, TransferSetError
 from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import TransferSet
 
@@ -88,7 +89,14 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
     CacheExistsError
         The address holds something that is no cache.
     """
+    if not isinstance(transfer_set, TransferSet):
+        raise TransferSetError(
+            f"the transfer set is a {type(transfer_set).__qualname__}; wrap it: kdcache.TransferSet(dataset, "
+            "example_ids=...), .from_arrays(...) or .from_table(...). Nothing was written"
+        )
     members = _as_teachers(teachers, device=options.device, autocast=options.autocast)
+    if Path(address).is_file():
+        raise CacheExistsError(f"{address} is a file; a cache is a folder. Nothing was written; give another address")
     store = CacheStore.at(address)
     is_occupied = any(True for _ in store.objects.list(""))  # looked at before another builder's plan can come between
     plans = store.plans()
@@ -136,14 +144,14 @@ def _as_count(name: str, value: int, *, least: int) -> int:
 def _propose(
     transfer_set: TransferSet, members: Sequence[Teacher], plans: Sequence[PlanDocument], options: PlanOptions
 ) -> PlanDocument:
-    num_classes = options.num_classes
-    if num_classes is None:
-        num_classes = plans[-1].cache.num_classes if plans else _probe_classes(members[0], transfer_set)
+    """Plan what is asked for; what is left out is as in the standing plan, where there is one."""
+    if plans:
+        options = _filled_in(options, plans[-1])
     return make_plan(
         transfer_set,
         [member.fingerprint for member in members],
         codec=options.codec or Codes(),
-        num_classes=num_classes,
+        num_classes=options.num_classes or _probe_classes(members[0], transfer_set),
         merge=options.merge,
         weights=_normalised(options.weights, len(members)),
         shard_rows=options.shard_rows,
@@ -151,6 +159,19 @@ def _propose(
         batch_size=options.batch_size,
         num_pilot_rows=options.num_pilot_rows,
     )
+
+
+def _filled_in(options: PlanOptions, standing: PlanDocument) -> PlanOptions:
+    defaults = {
+        "codec": standing.codec,
+        "num_classes": standing.cache.num_classes,
+        "shard_rows": standing.cache.shard_rows,
+        "chunk_rows": standing.cache.chunk_rows,
+        "batch_size": standing.batch_size,
+        "num_pilot_rows": standing.num_pilot_rows,
+    }
+    missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **missing)
 
 
 def _choose_plan(

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcache.build.rows import BatchKey, RowMap
-from kdcache.errors import ExecutorError, InputMismatchError, NonFiniteLogitsError, WrongClassCountError
+from kdcache.errors import (
+    ExecutorError,
+    InputMismatchError,
+    KdcacheError,
+    NonFiniteLogitsError,
+    TeacherError,
+    WrongClassCountError,
+)
 from kdcache.transfer_set import TransferSet
 
 LOOK_AHEAD = 2
@@ -105,11 +112,24 @@ class BatchLogits:
 
         Raises
         ------
-        NonFiniteLogitsError, WrongClassCountError, InputMismatchError
+        TeacherError, NonFiniteLogitsError, WrongClassCountError, InputMismatchError
         """
         loaded = self._inputs.batches([key for key in keys if key not in self._kept])
         for key in keys:
-            yield self._kept[key] if key in self._kept else self._checked(key, self._run(next(loaded)))
+            yield self._kept[key] if key in self._kept else self._checked(key, self._logits(key, next(loaded)))
+
+    def _logits(self, key: BatchKey, inputs: Any) -> Tensor:
+        try:
+            return self._run(inputs)
+        except KdcacheError:
+            raise
+        except Exception as error:
+            ids = self._inputs.transfer_set.example_ids[self._inputs.row_map.examples_of_batch(key)]
+            raise TeacherError(
+                f"teacher {self._name!r} failed on the batch of {len(ids)} examples from {ids[0]!r} to {ids[-1]!r}: "
+                f"{type(error).__name__}: {error}. Shards that are published are kept; mend the teacher or its inputs "
+                "and run the same command again"
+            ) from error
 
     def _checked(self, key: BatchKey, logits: Tensor) -> Tensor:
         row_map = self._inputs.row_map

@@ -196,7 +196,10 @@ def _advice(paths: list[str]) -> str:
             "Give the teachers the cache was planned with, in its order. To add new ones say so (add_teachers=True, "
             "--add-teachers), or build at a new address."
         )
-    return "Use the same options to go on with this cache, or build at a new address."
+    return (
+        "Leave these options out or give them as before to go on with this cache, read it as it is with open_cache, or "
+        "build at a new address."
+    )
 
 
 def _short(value: object) -> str:

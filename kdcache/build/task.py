@@ -119,13 +119,13 @@ def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
     """Measure what coding changed: the error range of all rows, and KL at the ladder on all or evenly spread rows."""
     num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
     rows = torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
-    divergences = measure(logits[rows].float(), decoded[rows], LADDER)
+    divergences = measure(logits[rows], decoded[rows], LADDER)
     return CertificateDocument.make(
         temperatures=LADDER,
         mean_kl=tuple(divergences.mean(dim=0).tolist()),
         max_kl=tuple(divergences.amax(dim=0).tolist()),
         num_measured_rows=num_measured,
-        max_error_range=float(error_range(logits.float(), decoded).max()),
+        max_error_range=float(error_range(logits, decoded).max()),
     )
 
 

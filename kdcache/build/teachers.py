@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kdcache import jobs
 from kdcache.documents import Fingerprint, TeacherSource
 from kdcache.errors import JobError, OptionError, WrongClassCountError
+from kdcache.soft_targets import at_least_float32
 
 Autocast = Literal["bfloat16", "float16"] | None
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of lambdas and bound methods: another one in every process
@@ -161,7 +162,7 @@ class SourcedTeacher:
 
 @dataclass(frozen=True, eq=False)
 class MergedTeacher:
-    """The weighted mean of the members' logits, run as one teacher."""
+    """The weighted mean of the members' logits, run as one teacher; float64 where a member gives that, else float32."""
 
     members: tuple[Teacher, ...]
     weights: tuple[float, ...]
@@ -180,7 +181,7 @@ class MergedTeacher:
             def mean_logits(inputs: Any) -> Tensor:
                 total: Tensor | None = None
                 for member, weight, teacher in zip(members, self.weights, self.members, strict=True):
-                    logits = member(inputs).float() * weight
+                    logits = at_least_float32(member(inputs)) * weight
                     if total is not None and logits.shape != total.shape:
                         raise WrongClassCountError(
                             f"teacher {teacher.fingerprint.name!r} gave logits of shape {tuple(logits.shape)}, the "
@@ -246,9 +247,14 @@ def choose_device(device: str) -> torch.device:
     """Resolve `auto` to cuda where there is one, else cpu."""
     if device != "auto":
         try:
-            return torch.device(device)
+            chosen = torch.device(device)
         except RuntimeError as error:
             raise OptionError(f"there is no device {device!r}; give 'auto', 'cpu', 'cuda', 'cuda:1'") from error
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise OptionError(
+                f"device {device!r} is asked for, and torch finds no accelerator here; give 'auto' or 'cpu'"
+            )
+        return chosen
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

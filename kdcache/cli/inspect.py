@@ -76,6 +76,8 @@ def verify(cache: Target, json: Json = False) -> None:
             say(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}")
         said = "nothing wrong" if report.is_sound else f"{len(report.findings)} finding(s)"
         say(f"{escape(report.address)}: {report.num_shards:,} shards, {readable_bytes(report.num_bytes)}: {said}")
+        if not report.is_complete:
+            say("the cache is not complete: shards that are still to be built were not looked for")
     if not report.is_sound:
         raise typer.Exit(CORRUPT)
     if not report.is_complete:

@@ -31,9 +31,9 @@ Batch = tuple[Any, Tensor | None, SoftTargets]
 class SoftTargetLoader:
     """Streams (inputs, labels, soft targets) batches in a deterministic global shuffle.
 
-    Each epoch's order is a pure function of (seed, epoch). Inputs and soft targets are joined by example_id; the first
-    batch of every epoch is held against the input digests that the cache keeps, so that training on changed or
-    reordered inputs is an error and never silent.
+    Each epoch's order is a pure function of (seed, epoch). Inputs and soft targets are joined by example_id. All
+    labels, the whole first batch of every epoch and one example of every further batch are held against what the cache
+    keeps of the inputs that the teachers saw, so that training on changed or reordered inputs is an error.
 
     Parameters
     ----------
@@ -107,6 +107,7 @@ class SoftTargetLoader:
         self._check_views()
         self._first_row, self._num_rows = self._join()
         self._has_single_rows = bool((self._num_rows[self._indices] == 1).all())
+        self._check_labels()
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
         self._epoch, self._start = 0, 0  # what the next iteration gives
         self._position = (0, 0)  # behind the batch given last
@@ -191,6 +192,7 @@ class SoftTargetLoader:
         ]
 
     def _make(self, indices: np.ndarray) -> Batch:
+        self._check_inputs(indices[[int(indices[0]) % len(indices)]])
         inputs = self.inputs.read_inputs(indices, view_index=self.view_index)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
         return inputs, labels, self._soft_targets(indices)
@@ -214,8 +216,9 @@ class SoftTargetLoader:
             first_row[self._indices], num_rows[self._indices] = self.cache.locate(ids, view_index=self.view_index)
         except UnknownExampleError as error:
             raise UnknownExampleError(
-                f"{error} The inputs have {len(self.inputs)} examples, the cache {self.cache.num_examples}; their ids "
-                "must be those the cache was built with: TransferSet(dataset, example_ids=...)"
+                f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
+                f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache {self.cache.num_examples}. "
+                f"{error}"
             ) from error
         differ = self._indices[num_rows[self._indices] != self.inputs.num_rows[self._indices]]
         if len(differ):
@@ -236,6 +239,20 @@ class SoftTargetLoader:
                 f"the inputs have {_views_in_words(ours)}, the teachers of cache {self.cache.address} saw "
                 f"{_views_in_words(theirs)}: the soft targets would be those of other inputs. Give the TransferSet the "
                 "views that the cache was built with, or none where it was built without"
+            )
+
+    def _check_labels(self) -> None:
+        ours, theirs = self.inputs.labels, self.cache.labels
+        if ours is None or theirs is None:
+            return
+        examples = self._example_of_row(self._first_row[self._indices] % self.cache.document.padded_rows)
+        differ = self._indices[ours[self._indices] != theirs[examples]]
+        if len(differ):
+            index = int(differ[0])
+            raise InputMismatchError(
+                f"{len(differ)} label(s) differ from those cache {self.cache.address} was built with: example "
+                f"{self.inputs.example_id(index)!r} now has {ours[index]}. Give the transfer set the cache was built "
+                "from, or build a cache from this one"
             )
 
     def _check_inputs(self, indices: np.ndarray) -> None:

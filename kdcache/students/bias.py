@@ -19,6 +19,8 @@ from torch import Tensor
 from kdcache.errors import KdcacheError, NonFiniteLogitsError, ShapeError, TransferSetError
 
 _MAX_ITERATIONS = 200
+_MAX_SWEEPS = 100
+_BISECTIONS = 80
 _SMOOTH_SPREAD = 64.0
 """Logits within a row that are no further apart than this need no help from a higher temperature."""
 _LARGEST_NEWTON = 1024
@@ -98,6 +100,8 @@ def _solve(logits: Tensor, wanted: Tensor, columns: Tensor, tolerance: float) ->
         scaled, error = problem.solve(values / temperature, tolerance if stage == 0 else 1e-3)
         values = scaled * temperature
     if error > tolerance:
+        values, error = _Problem(logits, wanted, columns).bisect(values, tolerance)
+    if error > tolerance:
         raise KdcacheError(
             f"the class frequencies were missed by {error:.1e} after {_MAX_ITERATIONS} iterations (tolerance "
             f"{tolerance:.1e}); give a larger tolerance"
@@ -138,6 +142,31 @@ class _Problem:
                 break
             values = self.next_values(values, probabilities, mass, scale=iteration < 3)
         return values, error
+
+    def bisect(self, values: Tensor, tolerance: float) -> tuple[Tensor, float]:
+        """Set one class after the other to its mass, by bisection: slow, and sure where Newton's steps stall."""
+        error = math.inf
+        for _ in range(_MAX_SWEEPS):
+            for index in range(len(values)):
+                values = values.clone()
+                values[index] = self.own_bias(values, index)
+            error = float((self.probabilities(values).mean(dim=0) - self.wanted).abs().max())
+            if error <= tolerance:
+                break
+        return values, error
+
+    def own_bias(self, values: Tensor, index: int) -> Tensor:
+        """Find the bias at which one class has its mass, the other biases given: the mass rises with it."""
+        others = torch.ones(len(values), dtype=torch.bool, device=values.device)
+        others[index] = False
+        corrected = torch.logsumexp((self.logits + values).masked_fill(~others, -torch.inf), dim=1)
+        gaps = self.logits[:, index] - torch.logaddexp(corrected, self.rest)
+        low, high = torch.logit(self.wanted[index]) - gaps.max(), torch.logit(self.wanted[index]) - gaps.min()
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            is_low = torch.sigmoid(gaps + middle).mean() < self.wanted[index]
+            low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+        return (low + high) / 2
 
     def next_values(self, values: Tensor, probabilities: Tensor, mass: Tensor, *, scale: bool) -> Tensor:
         """Make one step that lowers the objective."""

@@ -94,7 +94,7 @@ class CheckpointFile:
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
             raise JobError(
                 f"{self.path} is no checkpoint that this version of kdcache can read ({error}). Delete the file, or "
-                "train with resume=False, to start this sweep anew"
+                "train with --restart (resume=False), to start this sweep anew"
             ) from error
 
     def delete(self) -> None:
@@ -123,5 +123,5 @@ def refuse_other_identity(stored: Mapping[str, Any], current: Mapping[str, Any],
     shown = "\n".join(f"  {path}: now {ours!r}, there {theirs!r}" for path, ours, theirs in found)
     raise JobError(
         f"{folder} holds a run of another job:\n{shown}\nNothing was changed. Restore the earlier settings, give "
-        "another output folder, or train with resume=False to overwrite that run"
+        "another output folder, or train with --restart (resume=False) to overwrite that run"
     )

@@ -79,6 +79,7 @@ def train_job(
     if not sweeps:
         return []
     cache = open_cache(loaded.cache_address)
+    _check_teachers(loaded, cache)
     transfer_set = _transfer_set(loaded)
     for sweep in sweeps:
         _check(sweep, cache, transfer_set)
@@ -155,6 +156,19 @@ def _transfer_set(loaded: LoadedJob) -> TransferSet:
             "returns a kdcache.TransferSet"
         )
     return transfer_set
+
+
+def _check_teachers(loaded: LoadedJob, cache: SoftTargetCache) -> None:
+    """Refuse a cache without some of the teachers that the job names; their code is not looked at."""
+    named = [teacher.name for teacher in loaded.job.teachers]
+    held = [member.name for document in cache.teachers.values() for member in document.members]
+    missing = [name for name in named if name not in held]
+    if missing:
+        raise JobError(
+            f"job {loaded.job.name!r} names the teachers {missing}, which cache {cache.address} does not hold: it has "
+            f"{held}. Nothing was trained. Build them into it first (`kdcache build JOB --add-teachers`), or take them "
+            "out of the job"
+        )
 
 
 def _check(sweep: StudentSweep, cache: SoftTargetCache, transfer_set: TransferSet) -> None:

@@ -100,11 +100,15 @@ class ResultsFile:
             results = [_from_mapping(item, self.path.parent) for item in document["students"]]
             identity, version = document["identity"], document["format_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise JobError(f"{self.path} is no results file of kdcache ({error}); train with resume=False") from error
+            raise JobError(
+                f"{self.path} is no results file of kdcache ({error}); train with --restart (resume=False)"
+            ) from error
         missing = [str(result.weights) for result in results if not result.weights.is_file()]
         if version != _FORMAT_VERSION or missing:
             found = f"weights are missing: {', '.join(missing)}" if missing else f"it has format version {version}"
-            raise JobError(f"{self.path} cannot be used: {found}. Train with resume=False to make them anew")
+            raise JobError(
+                f"{self.path} cannot be used: {found}. Train with --restart (resume=False) to make them anew"
+            )
         return identity, results
 
     def delete(self) -> None:

@@ -40,6 +40,9 @@ MAX_FRUITLESS_ROUNDS = 3
 CONNECT_SECONDS = 20.0
 """How long a scheduler is waited for."""
 
+WORKER_SECONDS = 60.0
+"""How long the first worker of a running cluster is waited for; a batch system's is waited for as long as it takes."""
+
 ClusterSpec = DaskLocal | DaskCluster | DaskJobqueue
 
 
@@ -61,6 +64,11 @@ class DaskExecutor:
         # daemonic workers could not start the processes that load examples (num_workers)
         self._stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
         self._client = self._stack.enter_context(open_client(self._spec))
+        try:
+            self._wait_for_worker()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(
@@ -68,6 +76,17 @@ class DaskExecutor:
     ) -> None:
         """Disconnect, and stop the cluster where it is ours."""
         self._stack.close()
+
+    def _wait_for_worker(self) -> None:
+        """Wait for a first worker: a batch system's as long as it takes, a running cluster's for a while."""
+        timeout = None if isinstance(self._spec, DaskJobqueue) else WORKER_SECONDS
+        try:
+            self._client.wait_for_workers(1, timeout=timeout)
+        except TimeoutError as error:
+            raise ExecutorError(
+                f"the Dask scheduler has no workers, and none came within {WORKER_SECONDS:.0f} seconds; nothing was "
+                "written by this run. Start some (`dask worker ADDRESS`) and run the same command again"
+            ) from error
 
     def pilot(self, work: Work, name: str) -> Pilot:
         """Run the pilot on a worker, on another one where the first is lost."""

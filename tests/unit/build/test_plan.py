@@ -189,7 +189,8 @@ def test_a_mismatch_prints_every_difference_and_that_nothing_was_changed():
         "the cache was planned otherwise; 2 difference(s):\n"
         "  batch_size: now 7, in the cache 256\n"
         "  num_pilot_rows: now 9, in the cache 40\n"
-        "Use the same options to go on with this cache, or build at a new address. Nothing was changed."
+        "Leave these options out or give them as before to go on with this cache, read it as it is with "
+        "open_cache, or build at a new address. Nothing was changed."
     )
 
 

@@ -54,6 +54,21 @@ def test_a_certificate_states_the_largest_error_range_of_all_rows(logits):
     assert certify(logits, decoded).max_error_range == pytest.approx(float(error_range(logits, decoded)[7]))
 
 
+def test_logits_in_float64_are_certified_with_all_their_digits(logits):
+    decoded = logits + 1e-3 * torch.linspace(0, 1, 5)
+    certificate = certify(logits.double() + 2.0**30, decoded)
+    assert certificate.max_error_range == pytest.approx(1e-3, rel=1e-2)
+    assert 0 < certificate.max_kl[0] < 1e-6
+
+
+def test_shards_with_a_masked_class_are_certified(logits):
+    masked = logits.clone()
+    masked[:, 2] = -1e9
+    decoded = masked.clone()
+    decoded[:, 2] = -0.9e9
+    assert max(certify(masked, decoded).max_kl) < 1e-12
+
+
 def test_of_many_rows_some_are_measured_and_all_are_bounded(logits, monkeypatch):
     monkeypatch.setattr("kdcache.build.task.MEASURED_ELEMENTS", 5 * 4)
     decoded = logits.clone()

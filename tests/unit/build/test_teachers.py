@@ -58,6 +58,17 @@ def test_a_module_gets_its_modes_back_after_an_error():
     assert module.training
 
 
+def test_a_module_in_use_twice_stays_in_evaluation_mode_until_the_last_use_is_over():
+    module = Mixed().train()
+    first, second = ModuleTeacher("a", module).running(), ModuleTeacher("b", module).running()
+    first.__enter__()
+    forward = second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(forward(INPUTS), forward(INPUTS))
+    second.__exit__(None, None, None)
+    assert module.training
+
+
 def test_running_statistics_stay_as_they_were():
     module = Mixed().train()
     before = weights_digest(module)
@@ -164,6 +175,40 @@ def test_a_changed_buffer_changes_the_digest():
 )
 def test_other_names_or_types_change_the_digest(change):
     assert weights_digest(change(TinyTeacher(0))) != weights_digest(TinyTeacher(0))
+
+
+def test_a_buffer_that_is_not_saved_changes_the_digest():
+    one, other = TinyTeacher(0), TinyTeacher(0)
+    one.register_buffer("mask", torch.zeros(2), persistent=False)
+    other.register_buffer("mask", torch.ones(2), persistent=False)
+    assert weights_digest(one) != weights_digest(other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ModuleTeacher("a", nn.Sequential(TinyTeacher(0), nn.Tanh())),
+        ModuleTeacher("a", nn.Sequential(TinyTeacher(0), nn.ReLU()), arguments={"temperature": 2}),
+    ],
+    ids=["layers", "arguments"],
+)
+def test_other_settings_with_the_same_weights_are_another_teacher(other):
+    ours = ModuleTeacher("a", nn.Sequential(TinyTeacher(0), nn.ReLU())).fingerprint
+    assert other.fingerprint.weights_sha256 == ours.weights_sha256
+    assert other.fingerprint.settings_sha256 != ours.settings_sha256
+
+
+def test_settings_do_not_tell_where_in_memory_a_function_stands():
+    class Scaled(nn.Module):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.function = function
+
+        def extra_repr(self):
+            return repr(self.function)
+
+    one, other = (ModuleTeacher("a", Scaled(lambda x: x)).fingerprint for _ in range(2))
+    assert one == other
 
 
 def test_the_digest_does_not_depend_on_memory_layout():
@@ -340,6 +385,12 @@ def test_a_merged_teacher_gives_the_weighted_mean_of_its_members_logits():
 
 def test_a_merged_teachers_mean_is_taken_in_float32():
     assert run(merged(TinyTeacher(0).bfloat16(), weights=(1.0,)), INPUTS.bfloat16()).dtype == torch.float32
+
+
+def test_a_merged_teacher_keeps_the_digits_of_members_in_float64():
+    one, other = TinyTeacher(0).double(), TinyTeacher(1).double()
+    inputs = INPUTS.double()
+    assert torch.equal(run(merged(one, other, weights=(0.25, 0.75)), inputs), 0.25 * one(inputs) + 0.75 * other(inputs))
 
 
 def test_members_over_other_classes_cannot_be_merged():

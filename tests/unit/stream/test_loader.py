@@ -211,7 +211,7 @@ def test_changed_inputs_pass_where_no_digests_were_kept(tmp_path):
 
 def test_ids_that_the_cache_does_not_have_are_refused_with_both_sizes(cache):
     more = TransferSet.from_arrays(tiny_inputs(41), labels=tiny_labels(41))
-    with pytest.raises(UnknownExampleError, match=r"not in this cache: 40.* The inputs have 41 examples, the cache 40"):
+    with pytest.raises(UnknownExampleError, match=r"The inputs have 41 examples, the cache 40.* not in this cache: 40"):
         loader_of(cache, more)
 
 
@@ -448,3 +448,10 @@ def test_soft_targets_of_a_real_teacher_are_its_own(tmp_path):
     inputs, _, soft_targets = next(iter(loader_of(cache)))
     expected = torch.softmax(TinyTeacher()(inputs) / 3, 1).detach()
     assert torch.allclose(soft_targets.probabilities(3.0), expected, atol=1e-5)
+
+
+def test_other_labels_than_the_caches_are_refused(cache):
+    labels = tiny_labels(40)
+    labels[7] = (labels[7] + 1) % 4
+    with pytest.raises(InputMismatchError, match=r"1 label\(s\) differ .* example 7 now has"):
+        loader_of(cache, TransferSet.from_arrays(tiny_inputs(), labels=labels))

@@ -166,3 +166,9 @@ def test_logits_that_are_not_finite_are_refused(value):
     logits[1, 0] = value
     with pytest.raises(NonFiniteLogitsError, match="row 1"):
         match_class_frequencies(logits, torch.tensor([0.5, 0.5]))
+
+
+def test_a_class_that_must_take_nearly_all_mass_gets_it():
+    logits = torch.tensor([[12.7, -13.0], [6.2, -5.8], [11.5, -11.8], [-5.2, -3.8], [12.8, 2.2]])
+    bias = match_class_frequencies(logits, torch.tensor([0.0033, 0.9967]), classes=[1])
+    assert float(torch.softmax(logits + bias, dim=1).mean(dim=0)[1]) == pytest.approx(0.9967, abs=1e-5)

@@ -266,7 +266,7 @@ def test_a_torn_checkpoint_is_refused_with_a_remedy(train, loader, folder):
         train(loader=Stopping(loader, 5))
     state = folder / "state.pt"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(JobError, match="Delete the file, or train with resume=False"):
+    with pytest.raises(JobError, match="Delete the file, or train with --restart"):
         train()
 
 
