@@ -25,7 +25,8 @@ from torch import nn
 
 from kdcache import TransferSet
 
-DIGITS = np.load(__file__.replace("e2e_train_sources.py", "digits.npz"))
+with np.load(__file__.replace("e2e_train_sources.py", "digits.npz")) as file:
+    DIGITS = dict(file)
 
 
 def transfer_set(labelled=True):
