@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.codecs import Decoder, codec_for, parameters_to
+from kdcache.codecs import Decoder, codec_for, kl_bound, parameters_to, total_variation_bound
+from kdcache.codecs.base import checked_temperature
 from kdcache.documents import CacheDocument, CertificateDocument, CompleteDocument, TeacherDocument
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.soft_targets import SoftTargets
@@ -28,18 +29,29 @@ if TYPE_CHECKING:
 class Certificate:
     """What is known of the soft targets' error at one temperature. KL is KL(teacher || decoded), in nats.
 
+    R is the largest error range of all rows of the chosen teachers; a teacher is a stored one, which in a merged cache
+    is the members' mean. Both bounds hold for every row of
+
+    - each teacher alone;
+    - the geometric mean with any weights, because a weighted mean of the teachers' errors has no larger range than R;
+    - the arithmetic mean with any weights, because KL and total variation are jointly convex.
+
+    The tempered-arithmetic mean has errors of a range up to 2 R: its KL is at most 4 `kl_bound`, its total variation at
+    most tanh(R / (2 temperature)), which is below 2 `total_variation_bound`.
+
     Parameters
     ----------
     temperature : float
     mean_kl, max_kl : float or None
-        Measured when the rows were encoded: the mean over rows and teachers, and the largest; None at a temperature
-        that was not measured.
+        Measured for each teacher alone when its rows were encoded: the mean over the measured rows of all teachers, and
+        the largest; None at a temperature that was not measured. They bound no other row and no mean over teachers: the
+        errors of two teachers can cost more in their mean than in either of them.
     num_measured_rows : int
-        Rows of all teachers that were measured.
+        Rows that were measured, summed over teachers.
     kl_bound : float
-        No row of any teacher has more: R^2 / (8 temperature^2), R the largest error range of all rows (Hoeffding).
+        R^2 / (8 temperature^2), from all rows, measured or not (Hoeffding 1963, lemma 1).
     total_variation_bound : float
-        No row's total variation from the teacher's soft targets is more: tanh(R / (4 temperature)).
+        tanh(R / (4 temperature)), from all rows; total variation is half the L1 distance.
     """
 
     temperature: float
@@ -272,16 +284,21 @@ class SoftTargetCache:
         return sum(rows * document.num_columns * np.dtype(document.storage_dtype).itemsize for document in chosen)
 
     def certificate(self, temperature: float, *, teachers: Sequence[str] | None = None) -> Certificate:
-        """State the error of the soft targets at a temperature.
+        """State the error of the soft targets at a temperature; see `Certificate` for what each figure holds for.
 
-        Holds for each teacher's own soft targets, and by convexity of KL for every mean over teachers but the
-        tempered-arithmetic one.
+        In short: the bounds hold for each teacher and for its geometric and arithmetic means with any weights; what was
+        measured is each teacher's alone.
 
         Parameters
         ----------
         temperature : float
             Finite, above 0.
         teachers : sequence of str, optional
+            Stored teachers to certify; all where absent.
+
+        Returns
+        -------
+        Certificate
 
         Raises
         ------
@@ -289,21 +306,21 @@ class SoftTargetCache:
             The build has not finished.
         TemperatureError
             The temperature is not a finite number above 0.
+        UnknownTeacherError
+            A teacher is not in the cache.
         """
-        from kdcache.codecs import kl_bound, total_variation_bound  # noqa: PLC0415 - keeps the module's face small
-
         self._refuse_incomplete("certified")
+        divisor = checked_temperature(temperature)
         certificates = [self.certificates[name] for name in self._chosen(teachers)]
         largest = torch.tensor(max(item.max_error_range for item in certificates), dtype=torch.float64)
-        measured = [_at(item, temperature) for item in certificates]
-        means = [mean for mean, _ in measured if mean is not None]
+        mean_kl, max_kl = _measured(certificates, divisor)
         return Certificate(
-            temperature=float(temperature),
-            mean_kl=sum(means) / len(means) if len(means) == len(measured) else None,
-            max_kl=max(top for _, top in measured if top is not None) if len(means) == len(measured) else None,
+            temperature=divisor,
+            mean_kl=mean_kl,
+            max_kl=max_kl,
             num_measured_rows=sum(item.num_measured_rows for item in certificates),
-            kl_bound=float(kl_bound(largest, temperature)),
-            total_variation_bound=float(total_variation_bound(largest, temperature)),
+            kl_bound=float(kl_bound(largest, divisor)),
+            total_variation_bound=float(total_variation_bound(largest, divisor)),
         )
 
     @property
@@ -420,11 +437,15 @@ def _teacher_names(store: CacheStore, complete: CompleteDocument | None) -> Sequ
     return plans[-1].stored_names if plans else ()
 
 
-def _at(certificate: CertificateDocument, temperature: float) -> tuple[float | None, float | None]:
-    if temperature not in certificate.temperatures:
+def _measured(certificates: Sequence[CertificateDocument], temperature: float) -> tuple[float | None, float | None]:
+    """Give the mean KL over the measured rows of all teachers, and the largest."""
+    if any(temperature not in item.temperatures for item in certificates):
         return None, None
-    index = certificate.temperatures.index(temperature)
-    return certificate.mean_kl[index], certificate.max_kl[index]
+    places = [item.temperatures.index(temperature) for item in certificates]
+    pairs = list(zip(certificates, places, strict=True))
+    total = sum(item.mean_kl[place] * item.num_measured_rows for item, place in pairs)
+    count = sum(item.num_measured_rows for item in certificates)
+    return total / count, max(item.max_kl[place] for item, place in pairs)
 
 
 def _select_rows(codes: Tensor, rows: np.ndarray) -> Tensor:

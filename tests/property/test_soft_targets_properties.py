@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kdcache.codecs import Decoder, codec_for, parameters_to
+from kdcache.codecs import (
+    Decoder,
+    codec_for,
+    error_range,
+    kl_bound,
+    measure,
+    parameters_to,
+    total_variation_bound,
+)
 from kdcache.documents import Codes, Lossless
 from kdcache.losses import distillation_loss, forward_kl
 from kdcache.soft_targets import MEANS, SoftTargets, log_mean_probabilities
@@ -45,6 +53,32 @@ def test_soft_targets_are_a_distribution(case, temperature, mean):
     logits, weights = case
     found = log_mean_probabilities(logits, temperature=temperature, mean=mean, weights=weights).exp()
     torch.testing.assert_close(found.sum(1), torch.ones(len(logits)), rtol=1e-5, atol=1e-5)
+
+
+def test_small_losses_of_two_teachers_can_be_a_large_one_of_their_geometric_mean():
+    """Why a measured KL bounds no mean, and an error range does: both teachers err where they are sure."""
+    logits = torch.tensor([[0.0, -12.0], [-12.0, 0.0]], dtype=torch.float64)
+    decoded = logits + torch.tensor([0.0, 0.5], dtype=torch.float64)
+    alone = float(measure(logits, decoded, [1.0]).max())
+    together = float(measure(logits.mean(0, keepdim=True), decoded.mean(0, keepdim=True), [1.0]))
+    assert alone < 1e-6
+    assert 1e-2 < together <= float(kl_bound(error_range(logits, decoded).max(), 1.0))
+
+
+@common
+@given(weighted_members(), temperatures, means, st.floats(0, 4), st.integers(0, 2**32 - 1))
+def test_the_bounds_of_the_largest_error_range_hold_for_means(case, temperature, mean, size, seed):
+    logits, weights = case[0].double(), case[1]
+    errors = size * (torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5)
+    true, coded = (
+        log_mean_probabilities(values, temperature=temperature, mean=mean, weights=weights)
+        for values in (logits, logits + errors)
+    )
+    largest = error_range(logits.flatten(0, 1), (logits + errors).flatten(0, 1)).max()
+    widest = 2 * largest if mean == "tempered-arithmetic" else largest
+    assert float(measure(true, coded, [1.0]).max()) <= float(kl_bound(widest, temperature)) + 1e-12
+    variation = (true.exp() - coded.exp()).abs().sum(1).max() / 2
+    assert float(variation) <= float(total_variation_bound(widest, temperature)) + 1e-12
 
 
 @common

@@ -20,6 +20,7 @@ from tiny_caches import (
 
 from kdcache import Codes, TransferSet, open_cache
 from kdcache.codecs import LADDER, measure
+from kdcache.documents import CertificateDocument
 from kdcache.errors import (
     CacheNotFoundError,
     CorruptCacheError,
@@ -31,6 +32,7 @@ from kdcache.errors import (
     UnknownExampleError,
     UnknownTeacherError,
 )
+from kdcache.soft_targets import log_mean_probabilities
 from kdcache.store import LocalObjects
 from kdcache.store import store as store_module
 from kdcache.transfer_set import Views
@@ -343,6 +345,26 @@ def test_a_certificate_counts_the_rows_of_all_teachers(cache):
     assert cache.certificate(1.0).num_measured_rows == 80
 
 
+def test_the_mean_kl_is_over_rows_and_not_over_teachers(cache, monkeypatch):
+    common = {"temperatures": (1.0,), "max_error_range": 1.0}
+    documents = {
+        "a": CertificateDocument.make(**common, mean_kl=(0.1,), max_kl=(0.3,), num_measured_rows=10),
+        "b": CertificateDocument.make(**common, mean_kl=(0.5,), max_kl=(0.6,), num_measured_rows=30),
+    }
+    monkeypatch.setattr(type(cache), "certificates", property(lambda _: documents))
+    certificate = cache.certificate(1.0)
+    assert (certificate.mean_kl, certificate.max_kl) == (pytest.approx(0.4), 0.6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize(("mean", "times"), [("geometric", 1), ("arithmetic", 1), ("tempered-arithmetic", 4)])
+@pytest.mark.parametrize("weights", [None, [0.9, 0.1]])
+def test_the_bound_holds_for_the_means_it_names(cache, temperature, mean, times, weights):
+    true = log_mean_probabilities(teacher_logits().double(), temperature=temperature, mean=mean, weights=weights)
+    read = cache.read(IDS).log_probabilities(temperature, mean=mean, weights=weights)
+    assert float(measure(true, read, [1.0]).max()) <= times * cache.certificate(temperature).kl_bound
+
+
 def test_a_certificate_can_be_of_one_teacher(cache):
     assert cache.certificate(1.0, teachers=["a"]).max_kl == cache.certificates["a"].max_kl[0]
 
@@ -352,7 +374,7 @@ def test_a_lossless_cache_is_certified_exact(tmp_path):
     assert (certificate.kl_bound, certificate.total_variation_bound) == (0, 0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf"), True, "4", None])
 def test_a_certificate_needs_a_temperature(cache, temperature):
     with pytest.raises(TemperatureError):
         cache.certificate(temperature)
