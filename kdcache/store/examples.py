@@ -2,68 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["ARROW_SCHEMA", "ExampleTable", "arrow_schema_document", "arrow_schema_for"]
+__all__ = ["ExampleTable"]
 
-import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kdcache.errors import TransferSetError
+from kdcache.store.ids import normal_ids
 from kdcache.store.place import Place
 
-ROW_GROUP_EXAMPLES = 65_536
 DIGEST_BYTES = 16
-_MEANINGS = {
-    "example_id": "The example's unique id: int64 or string, as the cache document's example_id_type says.",
-    "first_row": "Number of the example's first row within a view: the sum of num_rows over the examples before it.",
-    "num_rows": "Rows of the example in each view: 1, or the positions of its sequence.",
-    "label": "The example's class index; null throughout where the transfer set has no labels.",
-    "input_digest": "BLAKE2b-128 of the example's input; null throughout where inputs were not digested.",
-}
-
-
-def arrow_schema_for(example_id_type: str) -> pa.Schema:
-    """Give the Arrow schema of examples.parquet for ids of type "int64" or "string"."""
-    ids = pa.int64() if example_id_type == "int64" else pa.string()
-    return pa.schema(
-        [
-            pa.field("example_id", ids, nullable=False),
-            pa.field("first_row", pa.int64(), nullable=False),
-            pa.field("num_rows", pa.int32(), nullable=False),
-            pa.field("label", pa.int64(), nullable=True),
-            pa.field("input_digest", pa.binary(DIGEST_BYTES), nullable=True),
-        ]
-    )
-
-
-ARROW_SCHEMA = arrow_schema_for("int64")
-"""The schema for int64 ids; that for string ids differs in the first column's type alone."""
-
-
-def arrow_schema_document() -> dict[str, Any]:
-    """Describe examples.parquet for people and other programs: columns, types, nullability and meaning."""
-    columns = [
-        {
-            "name": field.name,
-            "type": ["int64", "string"] if field.name == "example_id" else str(field.type),
-            "nullable": field.nullable,
-            "meaning": _MEANINGS[field.name],
-        }
-        for field in ARROW_SCHEMA
-    ]
-    return {
-        "title": "examples.parquet",
-        "format_version": 1,
-        "order": "Rows of the table stand in ascending first_row.",
-        "columns": columns,
-    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,23 +120,16 @@ class ExampleTable:
         TransferSetError
             A string id is no valid Unicode.
         """
-        schema = arrow_schema_for(self.example_id_type)
-        try:
-            table = pa.table([self._arrow(field) for field in schema], schema=schema)
-        except (UnicodeError, pa.ArrowException) as error:
-            raise TransferSetError(f"the examples cannot be stored: {error}") from error
-        sink = io.BytesIO()
-        pq.write_table(
-            table,
-            sink,
-            row_group_size=ROW_GROUP_EXAMPLES,
-            compression="zstd",
-            compression_level=3,
-            use_dictionary=False,
-            column_encoding={"first_row": "DELTA_BINARY_PACKED"},
-            write_page_checksum=True,
-        )
-        return sink.getvalue()
+        from kdcache.store.parquet import encode_columns  # noqa: PLC0415 - opening a cache does without Arrow
+
+        columns = {
+            "example_id": self.example_ids,
+            "first_row": self.first_row,
+            "num_rows": self.num_rows,
+            "label": self.labels,
+            "input_digest": self.input_digests,
+        }
+        return encode_columns(columns, example_id_type=self.example_id_type, num_examples=len(self))
 
     @classmethod
     def from_parquet(
@@ -207,11 +153,11 @@ class ExampleTable:
         CorruptCacheError
             The file is torn or altered, or not of the schema.
         """
+        from kdcache.store.parquet import ExampleColumns  # noqa: PLC0415 - opening a cache does without Arrow
+
+        file = ExampleColumns(lambda: io.BytesIO(data), place=place, num_examples=num_examples)
         wanted = {"label", "input_digest"} if columns is None else set(columns)
-        read: dict[str, Any] = {
-            name: read_column(data, name, place=place, num_examples=num_examples)
-            for name in ("example_id", "first_row", "num_rows", *wanted)
-        }
+        read: dict[str, Any] = {name: file.column(name) for name in ("example_id", "first_row", "num_rows", *wanted)}
         try:
             return cls(
                 read["example_id"], read["first_row"], read["num_rows"], read.get("label"), read.get("input_digest")
@@ -221,102 +167,6 @@ class ExampleTable:
 
     def _columns(self) -> tuple[npt.NDArray[Any] | None, ...]:
         return self.example_ids, self.first_row, self.num_rows, self.labels, self.input_digests
-
-    def _arrow(self, field: pa.Field) -> pa.Array:
-        column = {
-            "example_id": self.example_ids,
-            "first_row": self.first_row,
-            "num_rows": self.num_rows,
-            "label": self.labels,
-            "input_digest": self.input_digests,
-        }[field.name]
-        if column is None:
-            return pa.nulls(len(self), field.type)
-        if field.name == "input_digest":
-            return pa.FixedSizeBinaryArray.from_buffers(
-                field.type, len(self), [None, pa.py_buffer(np.ascontiguousarray(column))]
-            )
-        return pa.array(column, type=field.type)
-
-
-def read_column(data: bytes, name: str, *, place: Place, num_examples: int | None = None) -> npt.NDArray[Any] | None:
-    """Read one column of examples.parquet, its page checksums verified; None where it is null throughout.
-
-    Parameters
-    ----------
-    data : bytes
-        The file.
-    name : str
-        The column's name in the file.
-    place : Place
-        Where the file stands, for messages.
-    num_examples : int, optional
-        Examples that there must be; checked before memory is taken.
-
-    Raises
-    ------
-    CorruptCacheError
-        The file is torn or altered, or not of the schema.
-    """
-    with _refusing_damage(place):
-        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        schema, found = file.schema_arrow, file.metadata.num_rows
-    if not any(schema.equals(arrow_schema_for(kind)) for kind in ("int64", "string")):
-        raise place.corrupt(f"the file's columns are not those of format v1: {', '.join(map(str, schema))}")
-    if num_examples not in {None, found}:
-        raise place.corrupt(f"the file says to hold {found} examples, the cache document says {num_examples}")
-    with _refusing_damage(place):
-        column = file.read(columns=[name]).column(0).combine_chunks()
-    if column.null_count == len(column) and len(column):
-        return None
-    if column.null_count:
-        raise place.corrupt(f"{column.null_count} of {len(column)} values of {name} are missing")
-    if name == "input_digest":
-        start = column.offset * DIGEST_BYTES
-        values = np.frombuffer(column.buffers()[1], np.uint8)[start : start + len(column) * DIGEST_BYTES]
-        return values.reshape(len(column), DIGEST_BYTES)
-    array: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return array
-
-
-def normal_ids(example_ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Give ids as int64 or as an object array of `str`, converting nothing but integers and kinds of string.
-
-    Raises
-    ------
-    TransferSetError
-        The ids are of another type, such as bool or float, or mixed.
-    """
-    ids = example_ids if isinstance(example_ids, np.ndarray) else _array_of(example_ids)
-    if ids.ndim != 1:
-        raise TransferSetError(f"example ids have one axis, not {ids.ndim}")
-    if ids.dtype.kind in "UT":
-        return ids.astype(object)
-    if ids.dtype.kind == "i" or (ids.dtype.kind == "u" and (not ids.size or int(ids.max()) < 2**63)):
-        return ids.astype(np.int64, copy=False)
-    if ids.dtype.kind == "O" and all(isinstance(value, str) for value in ids):
-        return ids
-    kinds = sorted({type(value).__name__ for value in ids[:1000].tolist()}) or [str(ids.dtype)]
-    raise TransferSetError(
-        f"example ids are all str or all int64, not {' and '.join(kinds)} ({ids.dtype}); convert them, such as "
-        "[str(value) for value in ids]"
-    )
-
-
-@contextlib.contextmanager
-def _refusing_damage(place: Place) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise place.corrupt(f"the file cannot be read ({error})") from error
-
-
-def _array_of(values: Sequence[int] | Sequence[str]) -> npt.NDArray[Any]:
-    if values and all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
-        return np.asarray(values)
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 def _first_rows(num_rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

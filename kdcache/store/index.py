@@ -11,7 +11,6 @@ from __future__ import annotations
 __all__ = ["IdIndex", "IndexArrays", "index_arrays", "index_spec"]
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
-from kdcache.store.examples import ExampleTable, normal_ids
+from kdcache.store.examples import ExampleTable
+from kdcache.store.ids import ExampleIds, ids_as_given, outside_int64
 from kdcache.store.place import Place
 from kdcache.store.reader import ShardedReader, by_chunk
 from kdcache.store.shards import ShardSpec
@@ -135,15 +135,13 @@ class IdIndex:
         self._example_id_type = example_id_type
         self._place = place
 
-    def lookup(
-        self, example_ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    def lookup(self, example_ids: ExampleIds) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Find examples' rows, in the order of the ids; duplicates allowed.
 
         Parameters
         ----------
         example_ids : sequence or ndarray [example]
-            Ids of the cache's own type.
+            Ids of the cache's own type; a tensor of integers is taken too.
 
         Returns
         -------
@@ -157,15 +155,25 @@ class IdIndex:
         UnknownExampleError
             Some ids are not in the cache, or are of the other type.
         TransferSetError
-            The ids are neither integers nor strings; bool and float are refused.
+            The ids are no list, or neither integers nor strings; bool and float are refused.
         CorruptCacheError
             The index is missing, torn or altered.
         """
-        if len(example_ids) == 0:
+        ids = ids_as_given(example_ids)
+        if not len(ids):
             return np.empty(0, np.int64), np.empty(0, np.int32)
-        ids = normal_ids(example_ids)
-        if (ids.dtype.kind == "i") != (self._example_id_type == "int64"):
+        if isinstance(ids[0], str) != (self._example_id_type == "string"):
             raise self._unknown(ids, np.ones(len(ids), bool))
+        outside = outside_int64(ids)
+        found, known = self._find(np.where(outside, 0, ids).astype(np.int64) if outside.any() else ids)
+        known &= ~outside
+        if not known.all():
+            raise self._unknown(ids, ~known)
+        self._refuse_rows_outside(ids, found)
+        return found[:, 0].astype(np.int64), found[:, 1].astype(np.int32)
+
+    def _find(self, ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+        """Give each id's (first_row, num_rows), and whether it is in the cache."""
         key, check = id_keys(ids)
         chunk_of = _last_not_above((self._fences[:, 0], self._fences[:, 1]), (key, check))
         found = np.zeros((len(ids), 2), np.uint64)
@@ -179,10 +187,7 @@ class IdIndex:
             entry = entries[np.maximum(place, 0)]
             known[members] = (entry[:, 0] == key[members]) & (entry[:, 1] == check[members])
             found[members] = entry[:, 2:]
-        if not known.all():
-            raise self._unknown(ids, ~known)
-        self._refuse_rows_outside(ids, found)
-        return found[:, 0].astype(np.int64), found[:, 1].astype(np.int32)
+        return found, known
 
     def _refuse_rows_outside(self, ids: npt.NDArray[Any], found: npt.NDArray[np.uint64]) -> None:
         first_row, num_rows = found[:, 0], found[:, 1]
@@ -200,7 +205,7 @@ class IdIndex:
         missing = ids[unknown]
         named = ", ".join(repr(value) for value in missing[:_NAMED].tolist())
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        given = "int64" if ids.dtype.kind == "i" else "string"
+        given = "string" if isinstance(ids[0], str) else "int64"
         hint = "Check that the cache was built from this transfer set."
         if given != self._example_id_type:
             convert = "int(value)" if self._example_id_type == "int64" else "str(value)"

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 __all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader"]
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,7 @@ from kdcache.documents import CacheDocument
 from kdcache.errors import ShapeError
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
+from kdcache.store.recent import Recent
 from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_index, shorter_than_index
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
@@ -29,38 +28,6 @@ _MAX_GAP_BYTES = 32 * 1024
 _MAX_RANGE_BYTES = 16 * 2**20
 """No single read takes more memory than this, beyond a chunk of its own."""
 _MISSING = "the shard is missing"
-
-Value = TypeVar("Value")
-
-
-class _Recent(Generic[Value]):
-    """The values last used, up to a number of bytes; safe between threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._values: OrderedDict[int, tuple[Value, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type[_Recent[Value]], tuple[int]]:
-        return type(self), (self._max_bytes,)
-
-    def get(self, key: int) -> Value | None:
-        with self._lock:
-            if key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key][0]
-
-    def put(self, key: int, value: Value, num_bytes: int) -> None:
-        with self._lock:
-            if key in self._values or num_bytes > self._max_bytes:
-                return
-            self._values[key] = (value, num_bytes)
-            self._bytes += num_bytes
-            while self._bytes > self._max_bytes:
-                _, (_, freed) = self._values.popitem(last=False)
-                self._bytes -= freed
 
 
 class ShardedReader:
@@ -93,8 +60,8 @@ class ShardedReader:
         self.num_rows = num_shards * spec.shard_rows
         self._objects = objects
         self._place_of = place_of
-        self._indexes: _Recent[npt.NDArray[np.int64]] = _Recent(max(cache_bytes, spec.index_bytes))
-        self._chunks: _Recent[npt.NDArray[Any]] = _Recent(cache_bytes)
+        self._indexes: Recent[int, npt.NDArray[np.int64]] = Recent(max(cache_bytes, spec.index_bytes))
+        self._chunks: Recent[int, npt.NDArray[Any]] = Recent(cache_bytes)
 
     def read_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Read rows by number, in the order given; each chunk is read once however many of its rows are asked for.

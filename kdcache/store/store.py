@@ -13,46 +13,37 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, Record, TeacherDocument, differences
-from kdcache.errors import CacheNotFoundError, CodecError, DocumentError, PlanMismatchError, Problem, ShapeError
+from kdcache.errors import CacheNotFoundError, DocumentError, PlanMismatchError, Problem
 from kdcache.store import arrays, layout
-from kdcache.store.examples import ExampleTable, read_column
+from kdcache.store.examples import ExampleTable
 from kdcache.store.files import ATTRIBUTE, CacheFiles
+from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
 from kdcache.store.index_files import index_digest, open_index, publish_index
 from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
-from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader, ShardedReader, has_fill
-from kdcache.store.shards import decode_shard, encode_shard
-from kdcache.store.teachers import codes_metadata, describe_parameters, publish_parameters, read_parameters, shard_spec
+from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
+from kdcache.store.teachers import (
+    PublishedShard,
+    check_codes,
+    codes_metadata,
+    describe_parameters,
+    open_codes,
+    publish_parameters,
+    publish_shard,
+    read_parameters,
+)
 
 if TYPE_CHECKING:
     import zarr
 
-
-@dataclass(frozen=True, slots=True)
-class PublishedShard:
-    """The shard that stands after `CacheStore.publish_shard`.
-
-    Parameters
-    ----------
-    num_bytes : int
-        Size of the stored object.
-    sha256 : str
-        Its digest.
-    created : bool
-        False when another writer's shard stood there already: size and digest are then of that one.
-    """
-
-    num_bytes: int
-    sha256: str
-    created: bool
+    from kdcache.store.parquet import ExampleColumns
 
 
 class CacheStore:
@@ -68,6 +59,7 @@ class CacheStore:
         self._objects = objects
         self._files = CacheFiles(objects)
         self._index: IdIndex | None = None
+        self._columns: ExampleColumns | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -181,8 +173,38 @@ class CacheStore:
 
     def example_column(self, name: str) -> npt.NDArray[Any] | None:
         """Read a single column of the example table by its name in the file; None where it is null throughout."""
+        return self._example_columns().column(name)
+
+    def example_values(self, name: str, example_indices: npt.ArrayLike) -> npt.NDArray[Any] | None:
+        """Read a column's values for some examples, in the order given; None where the column is null throughout.
+
+        Only the row groups in which the examples lie are read, and those last used are kept in bounded memory.
+
+        Parameters
+        ----------
+        name : str
+            The column's name in the file.
+        example_indices : array_like [example] of int
+            Positions in the table; duplicates allowed.
+
+        Raises
+        ------
+        CorruptCacheError
+            The table is missing, torn or altered.
+        ShapeError
+            There is no such example.
+        """
+        with self._lock:
+            if self._columns is None:
+                self._columns = self._example_columns()
+        return self._columns.values(name, example_indices)
+
+    def _example_columns(self) -> ExampleColumns:
+        from kdcache.store.parquet import ExampleColumns, RangedFile  # noqa: PLC0415 - opening does without Arrow
+
         place = self._files.place(layout.EXAMPLES)
-        return read_column(self._files.read(place), name, place=place, num_examples=self.cache_document().num_examples)
+        open_file = functools.partial(RangedFile, self._objects, place)
+        return ExampleColumns(open_file, place=place, num_examples=self.cache_document().num_examples)
 
     def examples_sha256(self) -> str:
         """Digest of examples.parquet."""
@@ -204,9 +226,7 @@ class CacheStore:
         """Digest over the files of the id index: SHA-256 over each key, its size and its bytes, keys ascending."""
         return index_digest(self._files)
 
-    def lookup(
-        self, example_ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    def lookup(self, example_ids: ExampleIds) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Find examples' first rows and numbers of rows; see `IdIndex.lookup`.
 
         Raises
@@ -321,24 +341,7 @@ class CacheStore:
         CorruptCacheError
             A damaged shard stands there.
         """
-        spec = shard_spec(teacher_document, cache_document)
-        place = self._files.shard_place(teacher_document.name, shard_index)
-        expected = (cache_document.rows_in_shard(shard_index), spec.num_columns)
-        if not 0 <= shard_index < cache_document.num_shards or codes.shape != expected:
-            raise ShapeError(
-                f"{place}: the shard takes codes of shape {expected}, not {codes.shape}; nothing was written"
-            )
-        if has_fill(codes, spec.fill):
-            raise CodecError(
-                f"{place}: the codes hold the fill code {spec.fill}, which means a row that does not exist; nothing "
-                "was written. The codec must not give this code for any logit."
-            )
-        data = encode_shard(codes, spec)
-        created = self._objects.publish(place.key, data)
-        if not created:
-            data = self.shard_bytes(teacher_document.name, shard_index)
-            decode_shard(data, spec, place=place)  # a record must never vouch for a damaged shard
-        return PublishedShard(len(data), hashlib.sha256(data).hexdigest(), created)
+        return publish_shard(self._files, teacher_document, cache_document, shard_index, codes)
 
     def shard_bytes(self, name: str, shard_index: int) -> bytes:
         """Read a whole shard as stored.
@@ -431,25 +434,11 @@ class CacheStore:
             zarr-python cannot open an array, or sees another shape, type or layout.
         """
         for name in teacher_names:
-            node = f"{layout.teacher_group(name)}/{layout.CODES}"
-            place = self._files.teacher_place(layout.metadata_key(node), name)
             document = self.teacher(name)
+            place = self._files.teacher_place(layout.metadata_key(f"{layout.teacher_group(name)}/{layout.CODES}"), name)
             if document is None:
                 raise place.corrupt("the teacher's document is missing")
-            spec = shard_spec(document, cache_document)
-            expected = (
-                (cache_document.num_shards * spec.shard_rows, spec.num_columns),
-                (spec.shard_rows, spec.num_columns),
-                (spec.chunk_rows, spec.num_columns),
-                spec.dtype,
-            )
-            try:
-                array = self.zarr_group()[node]
-                found = (array.shape, array.shards, array.chunks, str(array.dtype))  # type: ignore[union-attr]
-            except (KeyError, ValueError, AttributeError) as error:
-                raise place.corrupt(f"zarr-python cannot open the array: {error}") from error
-            if found != expected:
-                raise place.corrupt(f"zarr-python sees (shape, shard, chunk, type) {found}, expected {expected}")
+            check_codes(self.zarr_group(), document, cache_document, place=place)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -476,21 +465,7 @@ class CacheStore:
         CorruptCacheError
             The array's metadata are missing, or contradict the documents.
         """
-        name = teacher_document.name
-        spec = shard_spec(teacher_document, cache_document)
-        expected = codes_metadata(teacher_document, cache_document)
-        place = self._files.teacher_place(layout.metadata_key(f"{layout.teacher_group(name)}/{layout.CODES}"), name)
-        standing = self._files.read_json(place)
-        if standing is None:
-            raise place.corrupt("the file is missing")
-        if standing != expected:
-            told = [
-                f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, standing)
-            ]
-            raise place.corrupt(f"the array is not as the documents say ({'; '.join(told[:3])})")
-        place_of = functools.partial(self._files.shard_place, name)
-        reader = ShardedReader(self._objects, place_of, spec, cache_document.num_shards, cache_bytes=cache_bytes)
-        return CodesReader(reader, cache_document, place_of)
+        return open_codes(self._files, teacher_document, cache_document, cache_bytes=cache_bytes)
 
 
 def _mismatch(place: Place, ours: CacheDocument, theirs: CacheDocument) -> str:

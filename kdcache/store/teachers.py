@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
-__all__ = ["codes_metadata", "describe_parameters", "publish_parameters", "read_parameters", "shard_spec"]
+__all__ = [
+    "check_codes",
+    "codes_metadata",
+    "describe_parameters",
+    "publish_parameters",
+    "read_parameters",
+    "shard_spec",
+]
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, Parameter, TeacherDocument
+from kdcache.documents import CacheDocument, Parameter, TeacherDocument, differences
+from kdcache.errors import CodecError, ShapeError
 from kdcache.store import arrays, layout
 from kdcache.store.files import CacheFiles
-from kdcache.store.shards import ShardSpec
+from kdcache.store.place import Place
+from kdcache.store.reader import CodesReader, ShardedReader, has_fill
+from kdcache.store.shards import ShardSpec, decode_shard, encode_shard
+
+if TYPE_CHECKING:
+    import zarr
 
 _FILLS: dict[str, int | float] = {"uint8": 255, "uint16": 65_535, "float16": math.nan, "float32": math.nan}
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedShard:
+    """The shard that stands after `CacheStore.publish_shard`.
+
+    Parameters
+    ----------
+    num_bytes : int
+        Size of the stored object.
+    sha256 : str
+        Its digest.
+    created : bool
+        False when another writer's shard stood there already: size and digest are then of that one.
+    """
+
+    num_bytes: int
+    sha256: str
+    created: bool
 
 
 def shard_spec(teacher_document: TeacherDocument, cache_document: CacheDocument) -> ShardSpec:
@@ -42,6 +76,83 @@ def codes_metadata(teacher_document: TeacherDocument, cache_document: CacheDocum
     """Give the Zarr metadata of a teacher's array of codes: they follow from the two documents alone."""
     spec = shard_spec(teacher_document, cache_document)
     return arrays.sharded_array_metadata(cache_document.num_shards, spec, dimension_names=("row", "column"))
+
+
+def check_codes(
+    root: zarr.Group, teacher_document: TeacherDocument, cache_document: CacheDocument, *, place: Place
+) -> None:
+    """Hold what zarr-python sees of a teacher's codes against the documents.
+
+    Raises
+    ------
+    CorruptCacheError
+        zarr-python cannot open the array, or sees another shape, type or layout.
+    """
+    spec = shard_spec(teacher_document, cache_document)
+    expected = (
+        (cache_document.num_shards * spec.shard_rows, spec.num_columns),
+        (spec.shard_rows, spec.num_columns),
+        (spec.chunk_rows, spec.num_columns),
+        spec.dtype,
+    )
+    try:
+        array = root[f"{layout.teacher_group(teacher_document.name)}/{layout.CODES}"]
+        found = (array.shape, array.shards, array.chunks, str(array.dtype))  # type: ignore[union-attr]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise place.corrupt(f"zarr-python cannot open the array: {error}") from error
+    if found != expected:
+        raise place.corrupt(f"zarr-python sees (shape, shard, chunk, type) {found}, expected {expected}")
+
+
+def publish_shard(
+    files: CacheFiles,
+    teacher_document: TeacherDocument,
+    cache_document: CacheDocument,
+    shard_index: int,
+    codes: npt.NDArray[Any],
+) -> PublishedShard:
+    """Encode and store one shard of a teacher's codes unless one stands there; see `CacheStore.publish_shard`."""
+    spec = shard_spec(teacher_document, cache_document)
+    place = files.shard_place(teacher_document.name, shard_index)
+    expected = (cache_document.rows_in_shard(shard_index), spec.num_columns)
+    if not 0 <= shard_index < cache_document.num_shards or codes.shape != expected:
+        raise ShapeError(f"{place}: the shard takes codes of shape {expected}, not {codes.shape}; nothing was written")
+    if has_fill(codes, spec.fill):
+        raise CodecError(
+            f"{place}: the codes hold the fill code {spec.fill}, which means a row that does not exist; nothing "
+            "was written. The codec must not give this code for any logit."
+        )
+    data = encode_shard(codes, spec)
+    created = files.objects.publish(place.key, data)
+    if not created:
+        data = files.read(place)
+        decode_shard(data, spec, place=place)  # a record must never vouch for a damaged shard
+    return PublishedShard(len(data), hashlib.sha256(data).hexdigest(), created)
+
+
+def open_codes(
+    files: CacheFiles, teacher_document: TeacherDocument, cache_document: CacheDocument, *, cache_bytes: int
+) -> CodesReader:
+    """Give a reader of a teacher's codes; reads the array's metadata and nothing else.
+
+    Raises
+    ------
+    CorruptCacheError
+        The array's metadata are missing, or contradict the documents.
+    """
+    name = teacher_document.name
+    spec = shard_spec(teacher_document, cache_document)
+    expected = codes_metadata(teacher_document, cache_document)
+    place = files.teacher_place(layout.metadata_key(f"{layout.teacher_group(name)}/{layout.CODES}"), name)
+    standing = files.read_json(place)
+    if standing is None:
+        raise place.corrupt("the file is missing")
+    if standing != expected:
+        told = [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, standing)]
+        raise place.corrupt(f"the array is not as the documents say ({'; '.join(told[:3])})")
+    place_of = functools.partial(files.shard_place, name)
+    reader = ShardedReader(files.objects, place_of, spec, cache_document.num_shards, cache_bytes=cache_bytes)
+    return CodesReader(reader, cache_document, place_of)
 
 
 def describe_parameters(parameters: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Parameter], str | None]:

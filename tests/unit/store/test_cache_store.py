@@ -81,6 +81,15 @@ def test_importing_the_store_needs_neither_zarr_nor_torch_nor_dask():
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
+def test_opening_and_reading_a_cache_needs_no_pyarrow(written):
+    program = (
+        "import sys, kdcache; kdcache.open_cache(sys.argv[1], allow_incomplete=True); from kdcache.store import "
+        "CacheStore; CacheStore.at(sys.argv[1]).lookup(['image-007']); print('pyarrow' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, written.store.address]
+    assert subprocess.check_output(command, text=True) == "False\n"
+
+
 # Plans
 
 

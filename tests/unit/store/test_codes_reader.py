@@ -6,6 +6,7 @@ import pytest
 
 from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store import reader as reader_module
+from kdcache.store.recent import Recent
 from kdcache.store.shards import encode_shard
 
 SHARD = "teachers/a/codes/c/1/0"
@@ -48,11 +49,11 @@ def test_decoded_chunks_stay_within_the_bytes_given(written):
     chunk_bytes = written.reader().spec.chunk_bytes
     reader = written.reader(cache_bytes=3 * chunk_bytes)
     reader.read_rows(np.arange(300))
-    assert reader._reader._chunks._bytes == 3 * chunk_bytes
+    assert reader._reader._chunks.num_bytes == 3 * chunk_bytes
 
 
 def test_the_chunk_used_longest_ago_is_dropped_first():
-    recent = reader_module._Recent(2)
+    recent = Recent(2)
     for key in (1, 2):
         recent.put(key, key, 1)
     recent.get(1)

@@ -1,3 +1,4 @@
+import io
 import json
 import pathlib
 
@@ -5,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from kdcache.errors import CorruptCacheError, TransferSetError
 from kdcache.store import ExampleTable
-from kdcache.store.examples import arrow_schema_document, arrow_schema_for, read_column
+from kdcache.store.parquet import ExampleColumns, arrow_schema_document, arrow_schema_for
 from kdcache.store.place import Place
 
 PLACE = Place("CACHE", "examples.parquet", "Build again.")
@@ -23,6 +25,10 @@ def make_table(num_examples=10, **changes):
         "input_digests": np.random.default_rng(0).integers(0, 256, (num_examples, 16)).astype(np.uint8),
     }
     return ExampleTable.make(**{**columns, **changes})
+
+
+def columns_of(table):
+    return ExampleColumns(lambda: io.BytesIO(table.to_parquet()), place=PLACE)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +79,11 @@ def test_the_schema_file_is_the_one_the_code_describes():
 
 
 def test_single_columns_read_by_name():
-    np.testing.assert_array_equal(read_column(make_table().to_parquet(), "label", place=PLACE), np.arange(10) % 4)
+    np.testing.assert_array_equal(columns_of(make_table()).column("label"), np.arange(10) % 4)
 
 
 def test_a_column_that_is_null_throughout_reads_as_none():
-    assert read_column(make_table(labels=None).to_parquet(), "label", place=PLACE) is None
+    assert columns_of(make_table(labels=None)).column("label") is None
 
 
 def test_optional_columns_are_left_out_when_not_wanted():
@@ -155,7 +161,6 @@ def test_integers_of_any_kind_become_int64(ids):
         (np.array([1.5]), "float"),
         (["a", 1], "int and str"),
         ([b"a"], "bytes"),
-        (np.array([2**63], np.uint64), "int"),
         ([None], "NoneType"),
     ],
 )
@@ -203,3 +208,55 @@ def test_a_string_that_is_no_unicode_is_refused():
 @pytest.mark.parametrize("changes", [{"labels": None}, {"example_ids": np.arange(10)}, {"num_rows": None}])
 def test_tables_that_differ_in_a_column_are_not_equal(changes):
     assert not make_table().equals(make_table(**changes))
+
+
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [
+        ("p7", "a str ('p7')"),
+        (b"p7", "a bytes (b'p7')"),
+        (7, "a int (7)"),
+        (np.int64(7), "a int64 (np.int64(7))"),
+        (torch.tensor(7), "a Tensor (tensor(7))"),
+        ({1, 2}, "a set ({1, 2})"),
+        (None, "a NoneType (None)"),
+    ],
+)
+def test_what_is_no_list_of_ids_is_refused_with_a_way_out(ids, shown):
+    with pytest.raises(TransferSetError) as caught:
+        ExampleTable.make(ids)
+    assert str(caught.value) == (
+        f"example ids are a list, a tuple or an array of one axis, not {shown}; for a single example give a list of "
+        "one id, [example_id]"
+    )
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([1, 2]),
+        torch.tensor([1, 2], dtype=torch.uint8),
+        torch.tensor([1, 2]).expand(1, 2)[0],
+        [np.int64(1), np.int8(2)],
+        [np.uint64(1), np.int64(2)],
+        np.array([1, 2], object),
+    ],
+)
+def test_tensors_and_scalars_of_integers_become_int64(ids):
+    example_ids = ExampleTable.make(ids).example_ids
+    assert example_ids.dtype == np.int64
+    assert example_ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16])
+def test_tensors_of_another_type_are_refused(dtype):
+    with pytest.raises(TransferSetError, match="example ids are all str or all int64, not"):
+        ExampleTable.make(torch.ones(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("ids", [[1, 2**63], [np.uint64(2**63)], np.array([2**63], np.uint64)])
+def test_an_id_outside_int64_is_refused_with_a_way_out(ids):
+    with pytest.raises(
+        TransferSetError, match=r"example id 9223372036854775808 lies outside int64.*\[str\(value\) for"
+    ):
+        ExampleTable.make(ids)

@@ -2,6 +2,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 from store_builders import make_cache_document
 
 from kdcache.errors import CorruptCacheError, DuplicateExampleError, TransferSetError, UnknownExampleError
@@ -310,3 +311,40 @@ def test_an_entry_that_points_past_the_rows_of_a_view_is_corrupt(tmp_path, first
         "view has 5 rows. Nothing was changed. Delete the folder index and run the build again: it makes the index "
         "anew from the examples."
     )
+
+
+@pytest.mark.parametrize("example_id", ["a", b"a", 7])
+def test_a_single_id_is_refused_rather_than_taken_apart(many, example_id):
+    store, _ = many
+    with pytest.raises(TransferSetError, match=r"give a list of one id, \[example_id\]"):
+        store.lookup(example_id)
+
+
+def test_a_tensor_of_ids_is_looked_up_like_a_list(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make([10, 20, 30]))
+    np.testing.assert_array_equal(store.lookup(torch.tensor([30, 10]))[0], [2, 0])
+
+
+@pytest.mark.parametrize("ids", [[], (), np.array([]), torch.tensor([])])
+def test_no_ids_of_any_kind_are_found_as_no_rows(tmp_path, ids):
+    store = write_index(tmp_path / "cache", ExampleTable.make([10]))
+    assert [len(part) for part in store.lookup(ids)] == [0, 0]
+
+
+@pytest.mark.parametrize("ids", [[10, 2**63], [-(2**63) - 1, 10], [10, 2**200], np.array([10, 2**64 - 1], np.uint64)])
+def test_an_integer_outside_int64_is_unknown(tmp_path, ids):
+    store = write_index(tmp_path / "cache", ExampleTable.make([10, 0, -1]))
+    with pytest.raises(UnknownExampleError, match=r"1 of 2 example ids are not in this cache: -?\d{19,}"):
+        store.lookup(ids)
+
+
+def test_an_integer_outside_int64_is_counted_with_the_other_unknown_ids(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make([10, 20]))
+    with pytest.raises(UnknownExampleError, match=f"2 of 3 example ids are not in this cache: {2**63}, 11"):
+        store.lookup([2**63, 10, 11])
+
+
+def test_an_integer_outside_int64_is_unknown_among_strings(tmp_path):
+    store = write_index(tmp_path / "cache", ExampleTable.make(["10"]))
+    with pytest.raises(UnknownExampleError, match=r"Its ids are string\. You gave int64 ids"):
+        store.lookup([2**63])
