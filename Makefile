@@ -46,7 +46,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 schemas: $(READY)
-	$(BIN)/python -m kdcache.documents schemas
+	$(BIN)/python -m kdcache.documents schemas docs/job-file.md
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt

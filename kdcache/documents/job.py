@@ -34,7 +34,9 @@ class Factory(Document):
     title: ClassVar[str] = "factory"
 
     factory: ImportString
+    """The callable."""
     arguments: dict[str, Any] = Field(default_factory=dict)
+    """Its keyword arguments."""
 
 
 class TeacherSource(Factory):
@@ -43,6 +45,7 @@ class TeacherSource(Factory):
     title: ClassVar[str] = "teacher source"
 
     name: Name
+    """The teacher's name in the cache."""
     checkpoint: str | None = None
     """A .safetensors file (preferred) or a torch file read with weights_only; relative to the job file."""
 
@@ -62,6 +65,7 @@ class DaskLocal(Document):
 
     kind: Literal["dask-local"] = "dask-local"
     num_workers: Positive = 2
+    """Worker processes."""
     threads_per_worker: Positive = 1
     """Torch threads of a worker."""
 
@@ -87,9 +91,11 @@ class DaskJobqueue(Document):
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z]+Cluster$")] = "SLURMCluster"
     """The dask_jobqueue class."""
     num_jobs: Positive = 1
+    """Jobs to ask for."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the cluster class: queue, cores, memory, walltime, ..."""
     resources: dict[str, float] = Field(default_factory=dict)
+    """Dask resources a task takes, as of `dask`."""
 
 
 ExecutorSpec = Annotated[InProcess | DaskLocal | DaskCluster | DaskJobqueue, Field(discriminator="kind")]
@@ -105,10 +111,15 @@ class CacheOptions(Document):
     num_classes: Positive | None = None
     """Classes of every teacher; found by running the first teacher on one example where absent."""
     codec: CodecSpec = Codes()
+    """How logits are stored; see below."""
     merge: Literal["geometric"] | None = None
+    """`geometric` stores the mean of the members' logits alone."""
     shard_rows: Positive | None = None
+    """Rows of a stored object; chosen from the row's size where absent."""
     chunk_rows: Positive | None = None
+    """Rows that are read and checked together; chosen where absent."""
     num_pilot_rows: Positive | None = None
+    """Rows on which the codec is fitted and size and time are forecast; 2,048 where absent."""
 
 
 class BuildOptions(Document):
@@ -117,12 +128,15 @@ class BuildOptions(Document):
     title: ClassVar[str] = "build options"
 
     batch_size: Positive | None = None
+    """Examples a teacher sees at once; 256 where absent. Part of the plan."""
     device: str = "auto"
     """`auto` takes cuda where there is one."""
     autocast: Literal["bfloat16", "float16"] | None = None
+    """Reduced precision of the teachers' forward pass; full where absent."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load examples."""
     executor: ExecutorSpec = InProcess()
+    """Where tasks run; see below."""
 
 
 class Optimizer(Document):
@@ -131,10 +145,13 @@ class Optimizer(Document):
     title: ClassVar[str] = "optimizer"
 
     kind: Literal["sgd", "adam", "adamw"] = "adam"
+    """The algorithm."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """At the start."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of sgd alone (Nesterov)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """As the algorithm takes it."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 over the run."""
 
@@ -145,17 +162,25 @@ class StudentSweep(Factory):
     title: ClassVar[str] = "student sweep"
 
     name: Name
+    """Names the sweep's folder of results."""
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (4.0,)
+    """Of the soft targets: a student for each."""
     soft_weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (0.9,)
     """Weight of the soft term; 0 trains on hard labels alone."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """Of the initial weights: a student for each."""
     mean: Literal["geometric", "arithmetic", "tempered-arithmetic"] = "geometric"
+    """Which mean over the teachers."""
     divergence: Literal["forward-kl", "cross-entropy", "logit-matching"] = "forward-kl"
+    """What the soft term measures."""
     subset: Factory | None = None
     """Gives the example_ids to train on; all where absent."""
     epochs: Positive = 20
+    """Passes over the examples."""
     batch_size: Positive = 128
+    """Examples a step."""
     optimizer: Optimizer = Optimizer()
+    """How students are optimised; see below."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """Reduced precision of the students' forward pass in training; weights and losses stay in float32."""
     evaluation_epochs: Positive = 1
@@ -178,15 +203,21 @@ class Job(Document):
     title: ClassVar[str] = "job"
 
     format_version: Literal[1] = 1
+    """Version of the job file's schema."""
     name: Name
+    """Names the job."""
     cache: CacheOptions
+    """Where the cache stands and how it is coded."""
     transfer_set: Factory
     """Gives a kdcache.TransferSet."""
     teachers: tuple[TeacherSource, ...] = ()
+    """The ensemble, in order."""
     build: BuildOptions = BuildOptions()
+    """How teachers are run."""
     evaluation: Factory | None = None
     """Gives (inputs, labels) on which students are tested."""
     students: tuple[StudentSweep, ...] = ()
+    """What `kdcache train` trains."""
 
     @model_validator(mode="after")
     def _check(self) -> Job:

@@ -217,8 +217,8 @@ class SoftTargetLoader:
         except UnknownExampleError as error:
             raise UnknownExampleError(
                 f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
-                f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache {self.cache.num_examples}. "
-                f"{error}"
+                f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache "
+                f"{self.cache.num_examples}. {error}"
             ) from error
         differ = self._indices[num_rows[self._indices] != self.inputs.num_rows[self._indices]]
         if len(differ):
