@@ -12,15 +12,22 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import os
 import pathlib
+import re
 import secrets
+import socket
+import time
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from kdcache.errors import StoreError
 
 PARTIAL = ".partial"
+_PARTIAL_NAME = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>[1-9][0-9]*)-[0-9a-f]{16}\.partial")
+_STALE_SECONDS = 24 * 3600
+"""A write takes seconds; what is a day old was left behind, on whatever machine."""
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
@@ -104,6 +111,7 @@ class LocalObjects:
 
     An object is written to a hidden `*.partial` file beside its final name, synced, and then linked to that name, so
     that a reader sees all of it or nothing, and a crash leaves at most a stale partial file that nothing ever reads.
+    A partial file's name tells which process of which machine wrote it: ``.NAME.MACHINE-PID-RANDOM.partial``.
 
     Parameters
     ----------
@@ -187,6 +195,22 @@ class LocalObjects:
             else:
                 yield key
 
+    def remove_stale_partials(self) -> int:
+        """Remove the partial files that writers which were stopped have left behind.
+
+        A file is stale when its writer was a process of this machine that lives no more, or when it is older than a
+        day. Nothing else is touched: no file of a writer at work, here or on another machine, and no other program's.
+
+        Returns
+        -------
+        int
+            Files removed.
+        """
+        stale = [path for path in self._root.rglob(f".*{PARTIAL}") if _is_stale(path)]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale)
+
     def _path(self, key: str) -> pathlib.Path:
         _check_key(key)
         return self._root / key
@@ -195,7 +219,7 @@ class LocalObjects:
     def _partial(self, path: pathlib.Path, data: bytes) -> Iterator[pathlib.Path]:
         """Write the bytes durably to a file of their own beside `path`, which is gone afterwards."""
         _make_folder(path.parent)
-        partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}")
+        partial = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(8)}{PARTIAL}")
         try:
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
@@ -216,6 +240,38 @@ def _check_key(key: str) -> None:
             f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
             "such as plans/0.json"
         )
+
+
+@functools.cache
+def _machine() -> str:
+    """Name the space in which process ids are unique: a machine since its last start, or a container on one."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        parts.append(str(pathlib.Path("/proc/self/ns/pid").readlink()))
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
+
+
+def _is_stale(path: pathlib.Path) -> bool:
+    name = _PARTIAL_NAME.fullmatch(path.name)
+    if name is None:
+        return False
+    if name["machine"] == _machine() and not _is_alive(int(name["pid"])):
+        return True
+    try:
+        return time.time() - path.lstat().st_mtime > _STALE_SECONDS
+    except FileNotFoundError:  # its writer has finished
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _read_fully(descriptor: int, start: int, length: int) -> bytes:

@@ -26,7 +26,7 @@ from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
 from kdcache.store.index_files import index_digest, open_index, publish_index
-from kdcache.store.objects import Objects, open_objects
+from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
 from kdcache.store.teachers import (
@@ -401,6 +401,13 @@ class CacheStore:
         self._objects.replace(
             layout.ROOT, arrays.to_json(arrays.consolidated_metadata(root, dict(self._files.read_nodes())))
         )
+
+    def remove_stale_partials(self) -> int:
+        """Remove what stopped writers left behind; see `LocalObjects.remove_stale_partials`. Gives the files removed.
+
+        Stores other than local folders publish without partial files: nothing is done there.
+        """
+        return self._objects.remove_stale_partials() if isinstance(self._objects, LocalObjects) else 0
 
     def root_differences(self) -> list[str]:
         """Say in which ways the root group is not what follows from the cache document and the nodes below it.

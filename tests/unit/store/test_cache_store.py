@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -538,3 +539,15 @@ def test_writing_the_root_after_consolidating_keeps_it_consolidated(written):
 def test_consolidating_without_a_root_is_an_error(store):
     with pytest.raises(CorruptCacheError, match=r"zarr\.json: the root group is missing"):
         store.consolidate()
+
+
+def test_stale_partial_files_of_a_cache_are_removed(started, tmp_path):
+    path = tmp_path / "cache/index/.0.00000000-1-0123456789abcdef.partial"
+    path.write_bytes(b"x")
+    os.utime(path, (0, 0))
+    assert started.remove_stale_partials() == 1
+    assert not path.exists()
+
+
+def test_a_store_without_partial_files_has_none_to_remove():
+    assert CacheStore(object()).remove_stale_partials() == 0

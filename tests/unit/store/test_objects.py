@@ -268,3 +268,102 @@ def test_a_writer_killed_before_linking_leaves_nothing_that_reads(objects, tmp_p
     assert list(objects.list("")) == []
     assert objects.publish(KEY, b"whole")
     assert objects.read(KEY) == b"whole"
+
+
+OTHER_MACHINE = "00000000"
+RANDOM = "0123456789abcdef"
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def ended_pid():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def leave_partial(objects, *, machine, pid, age=0):
+    path = pathlib.Path(objects.address) / "commits" / "a" / f".1.json.{machine}-{pid}-{RANDOM}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"{")
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_a_partial_file_of_a_process_that_ended_is_removed(objects, ended_pid):
+    path = leave_partial(objects, machine=objects_module._machine(), pid=ended_pid)
+    assert objects.remove_stale_partials() == 1
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("age", [0, DAY - 60])
+def test_a_partial_file_of_a_living_process_stays(objects, age):
+    path = leave_partial(objects, machine=objects_module._machine(), pid=os.getpid(), age=age)
+    assert objects.remove_stale_partials() == 0
+    assert path.exists()
+
+
+@pytest.mark.parametrize("age", [0, DAY - 60])
+def test_a_partial_file_of_another_machine_stays_though_no_such_process_lives_here(objects, ended_pid, age):
+    path = leave_partial(objects, machine=OTHER_MACHINE, pid=ended_pid, age=age)
+    assert objects.remove_stale_partials() == 0
+    assert path.exists()
+
+
+@pytest.mark.parametrize("pid", [1, os.getpid()])
+def test_a_partial_file_older_than_a_day_is_removed_whoever_wrote_it(objects, pid):
+    path = leave_partial(objects, machine=OTHER_MACHINE, pid=pid, age=DAY + 60)
+    assert objects.remove_stale_partials() == 1
+    assert not path.exists()
+
+
+def test_a_partial_file_of_another_user_stays(objects, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "another user's process")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    path = leave_partial(objects, machine=objects_module._machine(), pid=1)
+    assert objects.remove_stale_partials() == 0
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["download.partial", ".download.partial", ".x.17-abc.partial", "1.json", ".hidden"])
+def test_files_that_no_publishing_wrote_stay_however_old(objects, name):
+    objects.publish("commits/a/0.json", b"{}")
+    path = pathlib.Path(objects.address) / "commits" / name
+    path.write_bytes(b"x")
+    os.utime(path, (0, 0))
+    assert objects.remove_stale_partials() == 0
+    assert path.exists()
+    assert objects.read("commits/a/0.json") == b"{}"
+
+
+def test_a_partial_file_that_its_writer_removes_meanwhile_is_no_error(objects, monkeypatch):
+    leave_partial(objects, machine=OTHER_MACHINE, pid=1)
+    monkeypatch.setattr(pathlib.Path, "lstat", lambda path: path.with_name("gone").stat())
+    assert objects.remove_stale_partials() == 0
+
+
+def test_where_nothing_was_written_nothing_is_stale(objects):
+    assert objects.remove_stale_partials() == 0
+
+
+def test_a_partial_file_being_written_is_known_as_its_living_writer_s(objects, monkeypatch):
+    removed = []
+    link = os.link
+
+    def clean_and_link(source, target):
+        removed.append(objects.remove_stale_partials())
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", clean_and_link)
+    assert objects.publish(KEY, b"first")
+    assert removed == [0]
+
+
+def test_what_a_killed_writer_left_is_removed(objects, tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_publish_and_die, args=(str(tmp_path / "store"),))
+    process.start()
+    process.join()
+    assert objects.remove_stale_partials() == 1
+    assert files_below(tmp_path / "store") == []
