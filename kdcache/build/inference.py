@@ -124,9 +124,10 @@ class BatchLogits:
         except KdcacheError:
             raise
         except Exception as error:
-            ids = self._inputs.transfer_set.example_ids[self._inputs.row_map.examples_of_batch(key)]
+            examples = self._inputs.row_map.examples_of_batch(key).tolist()
+            first, last = (self._inputs.transfer_set.example_id(examples[end]) for end in (0, -1))
             raise TeacherError(
-                f"teacher {self._name!r} failed on the batch of {len(ids)} examples from {ids[0]!r} to {ids[-1]!r}: "
+                f"teacher {self._name!r} failed on the batch of {len(examples)} examples from {first!r} to {last!r}: "
                 f"{type(error).__name__}: {error}. Shards that are published are kept; mend the teacher or its inputs "
                 "and run the same command again"
             ) from error

@@ -28,6 +28,7 @@ BUILTINS = {
     "PlanMismatchError": ValueError,
     "ShapeError": ValueError,
     "StoreError": OSError,
+    "TeacherError": RuntimeError,
     "TemperatureError": ValueError,
     "TransferSetError": ValueError,
     "UnknownExampleError": KeyError,

@@ -29,6 +29,7 @@ from kdcache.errors import (
     JobError,
     OptionError,
     PlanMismatchError,
+    TransferSetError,
 )
 from kdcache.transfer_set import Views
 
@@ -245,6 +246,13 @@ def test_a_folder_with_other_files_is_left_alone(folder):
     assert files_of(folder) == {"thesis.tex": b"all of it"}
 
 
+def test_a_file_in_the_place_of_a_cache_is_left_alone(folder):
+    folder.write_text("all of it")
+    with pytest.raises(CacheExistsError, match="is a file; a cache is a folder"):
+        build_tiny(folder)
+    assert folder.read_text() == "all of it"
+
+
 def test_an_empty_folder_is_taken(folder):
     folder.mkdir()
     assert build_tiny(folder).complete is not None
@@ -306,6 +314,27 @@ def test_an_error_in_a_factory_is_not_hidden(folder, tmp_path, monkeypatch):
     teacher = SourcedTeacher(TeacherSource.make(name="a", factory="broken_factory:make"), tmp_path)
     with pytest.raises(AttributeError, match="weight"):
         build_tiny(folder, teachers=[teacher])
+
+
+def test_a_dataset_that_is_no_transfer_set_is_refused_with_the_way_to_wrap_it(folder):
+    with pytest.raises(TransferSetError, match=r"the transfer set is a list; wrap it: kdcache\.TransferSet\(dataset"):
+        build_tiny(folder, [torch.zeros(4)])
+    assert not folder.exists()
+
+
+# Options left out -----------------------------------------------------------------------------------------------------
+
+
+def test_options_that_are_left_out_are_those_of_the_standing_cache(folder):
+    built = build_tiny(folder, codec=Codes(dtype="uint16"), num_pilot_rows=20).complete
+    again = kdcache.build_cache(folder, tiny_transfer_set(), tiny_teachers())
+    assert again.complete == built
+
+
+def test_a_teacher_is_added_with_the_options_of_the_standing_cache(folder):
+    build_tiny(folder, codec=Codes(dtype="uint16"))
+    cache = kdcache.build_cache(folder, tiny_transfer_set(), {"z": TinyTeacher(9)}, add_teachers=True)
+    assert cache.teachers["z"].codec == Codes(dtype="uint16")
 
 
 # Adding teachers ------------------------------------------------------------------------------------------------------

@@ -199,6 +199,18 @@ def test_where_no_scheduler_answers_nothing_is_written(folder, monkeypatch):
     assert not folder.exists()
 
 
+def test_a_scheduler_without_workers_is_given_up_after_a_while(folder, monkeypatch):
+    monkeypatch.setattr(dask_cluster, "WORKER_SECONDS", 0.2)
+    with (
+        distributed.LocalCluster(
+            n_workers=0, processes=False, dashboard_address="127.0.0.1:0", protocol="tcp"
+        ) as cluster,
+        pytest.raises(ExecutorError, match="the Dask scheduler has no workers, and none came"),
+    ):
+        build_tiny(folder, executor=DaskCluster.make(address=cluster.scheduler_address))
+    assert not folder.exists()
+
+
 def test_an_address_that_is_none_is_an_executor_error(folder):
     with pytest.raises(ExecutorError, match="no Dask scheduler answers at nonsense://here"):
         build_tiny(folder, executor=DaskCluster.make(address="nonsense://here"))

@@ -11,7 +11,7 @@ from kdcache.build.inference import BatchLogits, Inputs, shard_logits
 from kdcache.build.plan import make_plan
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.documents import Fingerprint
-from kdcache.errors import InputMismatchError, NonFiniteLogitsError, WrongClassCountError
+from kdcache.errors import InputMismatchError, NonFiniteLogitsError, TeacherError, WrongClassCountError
 from kdcache.transfer_set import Views, view_generator
 
 FINGERPRINT = Fingerprint.make(name="a", source="m:n", weights_sha256="0" * 64)
@@ -214,6 +214,37 @@ def test_a_teacher_that_cannot_be_added_leaves_the_cache_as_it_was(tmp_path):
     assert files_of(tmp_path) == before
 
 
+class Failing(nn.Module):
+    """A teacher that fails on the example with a given first input."""
+
+    def __init__(self, example_index: int) -> None:
+        super().__init__()
+        self.linear = TinyTeacher(0)
+        self.marker = float(tiny_inputs()[example_index, 0])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if bool((inputs[:, 0] == self.marker).any()):
+            raise ZeroDivisionError("by hand")
+        return self.linear(inputs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [(None, "24 to 35"), (IDS, "'image-24' to 'image-35'")], ids=["positions", "names"]
+)
+def test_a_teacher_that_fails_is_named_with_its_batch(tmp_path, ids, said):
+    with pytest.raises(TeacherError) as caught:
+        build_tiny(tmp_path / "cache", tiny_transfer_set(example_ids=ids), {"a": Failing(29)})
+    assert f"teacher 'a' failed on the batch of 12 examples from {said}: ZeroDivisionError: by hand" in str(
+        caught.value
+    )
+
+
+def test_a_teachers_own_error_is_the_cause(tmp_path):
+    with pytest.raises(TeacherError) as caught:
+        build_tiny(tmp_path / "cache", teachers={"a": Failing(29)})
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 # Inputs ---------------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +273,7 @@ def test_a_dataset_that_augments_at_random_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-class Failing:
+class Unreadable:
     """A dataset that cannot give one of its examples."""
 
     def __len__(self) -> int:
@@ -256,7 +287,7 @@ class Failing:
 
 def test_a_datasets_own_error_passes_through(tmp_path):
     with pytest.raises(OSError, match="disc gone"):
-        build_tiny(tmp_path / "cache", TransferSet(Failing(), digest_inputs=False, labels=[0] * 20))
+        build_tiny(tmp_path / "cache", TransferSet(Unreadable(), digest_inputs=False, labels=[0] * 20))
 
 
 def test_logits_that_are_not_finite_name_the_view(tmp_path):

@@ -188,6 +188,15 @@ def test_one_changed_input_is_refused_in_the_epoch_that_begins_with_it(cache):
         next(iter(loader_of(cache, TransferSet.from_arrays(changed))))
 
 
+def test_inputs_that_are_all_changed_behind_the_first_batch_are_refused_in_the_next(cache):
+    order = epoch_order(40, seed=0, epoch=0)
+    changed = tiny_inputs()
+    changed[order[7:]] += 1
+    batches = iter(loader_of(cache, TransferSet.from_arrays(changed)))
+    with pytest.raises(InputMismatchError):
+        list(batches)
+
+
 def test_a_reordered_dataset_without_ids_is_refused(cache):
     turned = TransferSet.from_arrays(tiny_inputs().flip(0))
     with pytest.raises(InputMismatchError):
