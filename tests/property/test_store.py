@@ -1,5 +1,6 @@
 """Whatever is stored reads back; whatever is altered is refused, never read as other numbers."""
 
+import io
 import math
 
 import numpy as np
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from kdcache.documents import CacheDocument, Codes, Fingerprint, TeacherDocument
-from kdcache.errors import CorruptCacheError, DuplicateExampleError
+from kdcache.errors import CorruptCacheError, DuplicateExampleError, TransferSetError
 from kdcache.store import CacheStore, ExampleTable
 from kdcache.store.index import index_arrays
+from kdcache.store.parquet import ExampleColumns
 from kdcache.store.place import Place
 from kdcache.store.shards import ShardSpec, decode_shard, encode_shard
 
@@ -205,3 +207,41 @@ def test_any_table_reads_back_from_parquet(ids, data):
     digests = data.draw(st.none() | npst.arrays(np.uint8, (len(ids), 16)))
     table = ExampleTable.make(ids, labels=labels, input_digests=digests)
     assert ExampleTable.from_parquet(table.to_parquet(), place=PLACE).equals(table)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    digests = np.random.default_rng(0).integers(0, 256, (100, 16)).astype(np.uint8)
+    table = ExampleTable.make([f"image-{index}" for index in range(100)], input_digests=digests)
+    return table, table.to_parquet()
+
+
+@given(st.data())
+def test_digests_of_an_altered_table_are_right_or_refused(examples, data):
+    table, whole = examples
+    bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+    altered = bytearray(whole)
+    altered[bit // 8] ^= 1 << bit % 8
+    wanted = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=30))
+    try:
+        columns = ExampleColumns(lambda: io.BytesIO(altered), place=PLACE, num_examples=100)
+        np.testing.assert_array_equal(columns.values("input_digest", wanted), table.input_digests[wanted])
+    except CorruptCacheError as error:
+        refusal = str(error)
+    else:
+        refusal = PLACE.key
+    assert PLACE.key in refusal
+
+
+@given(unique_ids, st.data())
+def test_values_are_those_of_the_column_at_the_indexes(ids, data):
+    table = ExampleTable.make(ids)
+    wanted = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=30))
+    columns = ExampleColumns(lambda: io.BytesIO(table.to_parquet()), place=PLACE)
+    np.testing.assert_array_equal(columns.values("example_id", wanted), table.example_ids[wanted])
+
+
+@given(st.one_of(st.integers(), st.text(), st.binary(), st.booleans(), st.floats(), st.none()))
+def test_what_is_no_list_is_never_taken_for_ids(value):
+    with pytest.raises(TransferSetError, match="give a list of one id"):
+        ExampleTable.make(value)
