@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import zarr
 
 
+MAX_HELD_DIGESTS = 2**22
+"""Input digests, of 16 bytes each, that are held in memory whole."""
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What is known of the soft targets' error at one temperature. KL is KL(teacher || decoded), in nats.
@@ -179,6 +183,16 @@ class SoftTargetCache:
     def input_digests(self) -> np.ndarray | None:
         """Input digests of all examples in row order, uint8 [example, 16], or None. Read when first asked for."""
         return self._store.example_column("input_digest")
+
+    def input_digests_of(self, example_indices: np.ndarray) -> np.ndarray | None:
+        """Read the input digests of some examples by their place in row order, uint8 [example, 16], or None.
+
+        Held in memory where all take no more than 64 MiB; else only the parts of the example table are read that hold
+        these.
+        """
+        if self.num_examples <= MAX_HELD_DIGESTS:
+            return None if self.input_digests is None else self.input_digests[example_indices]
+        return self._store.example_values("input_digest", example_indices)
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:

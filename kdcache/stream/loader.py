@@ -256,13 +256,12 @@ class SoftTargetLoader:
             )
 
     def _check_inputs(self, indices: np.ndarray) -> None:
-        digests = self.cache.input_digests
+        examples = self._example_of_row(self._first_row[indices] % self.cache.document.padded_rows)
+        digests = self.cache.input_digests_of(examples)
         if digests is None:
             return
-        blocks = self.cache.document.padded_rows
-        examples = self._example_of_row(self._first_row[indices] % blocks)
-        for index, example in zip(indices.tolist(), examples.tolist(), strict=True):
-            if self.inputs.digest_of(index) != digests[example].tobytes():
+        for index, digest in zip(indices.tolist(), digests, strict=True):
+            if self.inputs.digest_of(index) != digest.tobytes():
                 raise InputMismatchError(
                     f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
                     f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "

@@ -212,7 +212,7 @@ def _identity(
     evaluation = loaded.job.evaluation
     return {
         "cache": {"data_digest": cache.complete.data_digest, "teachers": list(cache.teacher_names)},
-        "transfer_set": {"digest": transfer_set.digest(), "num_examples": len(transfer_set)},
+        "transfer_set": {"digest": cache.document.transfer_set_digest, "num_examples": len(transfer_set)},
         "trained_on": {"digest": _digest(subset), "num_examples": len(transfer_set if subset is None else subset)},
         "evaluation": None if evaluation is None else evaluation.to_mapping(),
     }
