@@ -16,7 +16,7 @@ import kdcache
 from benchmarks.real_teachers import crops, efficientnet_lite0, mnist_mlp
 from benchmarks.timing import interleaved
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def run() -> list[dict[str, Any]]:

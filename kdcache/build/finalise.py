@@ -49,6 +49,7 @@ def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> Complete
     if standing is not None and standing.plan_index > plan_index:
         return standing
     store.replace_complete(complete)
+    store.remove_stale_partials()
     return complete
 
 
