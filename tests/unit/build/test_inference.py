@@ -85,7 +85,6 @@ def test_shards_come_in_ascending_order():
     assert list(logits_of(BatchDependent(), [2, 0, 1])) == [0, 1, 2]
 
 
-@pytest.mark.slow
 def test_inputs_loaded_by_processes_give_the_same_logits():
     by_processes = logits_of(BatchDependent(), [1, 2], num_workers=1)
     assert torch.equal(by_processes[2], logits_of(BatchDependent(), [1, 2])[2])
