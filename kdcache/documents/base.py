@@ -96,8 +96,8 @@ class Document(BaseModel):
             raise DocumentError(cls.title, GIVEN, _problems(error, fields)) from error
 
     def to_mapping(self) -> dict[str, Any]:
-        """Give the document as plain JSON types."""
-        return self.model_dump(mode="json")
+        """Give the document as plain JSON types; absent options are left out, so that later ones change no digest."""
+        return self.model_dump(mode="json", exclude_none=True)
 
     def to_json(self) -> bytes:
         """Give the document as JSON with sorted keys: equal documents give equal bytes."""
