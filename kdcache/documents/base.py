@@ -40,7 +40,7 @@ class Document(BaseModel):
     """Base of every kdcache document: frozen, no unknown fields, no silent conversion."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     title: ClassVar[str]
