@@ -37,7 +37,7 @@ class Student(Document):
     title: ClassVar[str] = "student"
 
     sweep: str
-    temperature: float | None
+    temperature: float | None = None
     soft_weight: float
     seed: int
     num_epochs: int
