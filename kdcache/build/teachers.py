@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import jobs
+from kdcache.devices import choose_device, move
 from kdcache.documents import Fingerprint, TeacherSource
-from kdcache.errors import JobError, OptionError, WrongClassCountError
+from kdcache.errors import JobError, WrongClassCountError
 from kdcache.soft_targets import at_least_float32
 
 Autocast = Literal["bfloat16", "float16"] | None
@@ -243,21 +244,6 @@ def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
         raise JobError(f"teacher {name!r}: checkpoint {path} cannot be loaded: {error}. Nothing was written") from error
 
 
-def choose_device(device: str) -> torch.device:
-    """Resolve `auto` to cuda where there is one, else cpu."""
-    if device != "auto":
-        try:
-            chosen = torch.device(device)
-        except RuntimeError as error:
-            raise OptionError(f"there is no device {device!r}; give 'auto', 'cpu', 'cuda', 'cuda:1'") from error
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise OptionError(
-                f"device {device!r} is asked for, and torch finds no accelerator here; give 'auto' or 'cpu'"
-            )
-        return chosen
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _begin(module: nn.Module, device: torch.device) -> None:
     with _IN_USE_LOCK:
         use = _IN_USE.get(module)
@@ -283,7 +269,7 @@ def _end(module: nn.Module) -> None:
 
 @torch.inference_mode()
 def _forward(module: nn.Module, device: torch.device, autocast: Autocast, inputs: Any) -> Tensor:
-    moved = _to_device(inputs, device)
+    moved = move(inputs, device)
     dtype = None if autocast is None else getattr(torch, autocast)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if isinstance(moved, Mapping):
@@ -293,16 +279,6 @@ def _forward(module: nn.Module, device: torch.device, autocast: Autocast, inputs
         else:
             output = module(moved)
     return _logits_of(output)
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_to_device(item, device) for item in value]
-    return value
 
 
 def _logits_of(output: Any) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kdcache.devices import move
 from kdcache.errors import JobError, TransferSetError
 from kdcache.students.bias import match_class_frequencies
-from kdcache.students.devices import move
 from kdcache.students.evaluation import Evaluation, Scores, score
 from kdcache.transfer_set import TransferSet
 

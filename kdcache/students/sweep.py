@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcache.devices import choose_device, move
 from kdcache.documents import StudentSweep
 from kdcache.errors import JobError, NonFiniteLogitsError
 from kdcache.students.checkpoints import Checkpoint, CheckpointFile, refuse_other_identity
 from kdcache.students.correction import BiasCorrection
-from kdcache.students.devices import choose_device, move
 from kdcache.students.evaluation import Evaluation, Scores, evaluate
 from kdcache.students.lineup import StudentSettings, line_up
 from kdcache.students.metrics import MetricsFile

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kdcache.devices import move
 from kdcache.documents import Optimizer, StudentSweep
 from kdcache.soft_targets import SoftTargets
-from kdcache.students.devices import move
 from kdcache.students.lineup import line_up
 from kdcache.students.loss import SideBySideLoss
 from kdcache.students.side_by_side import SideBySide

@@ -291,7 +291,7 @@ BAD_ARGUMENTS = {
     "half a batch": ({"batch_size": 1.5}, OptionError, "batch_size is 1.5; expected a whole number"),
     "processes below none": ({"num_workers": -1}, OptionError, "num_workers is -1; expected"),
     "a codec by name": ({"codec": "codes"}, OptionError, r"codec is 'codes'; give kdcache\.Codes"),
-    "no such device": ({"device": "gpu"}, OptionError, "there is no device 'gpu'"),
+    "no such device": ({"device": "gpu"}, OptionError, "'gpu' is no device of torch"),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kdcache
-from kdcache.errors import JobError
+from kdcache.errors import JobError, OptionError
 from kdcache.students import BiasCorrection, Evaluation, train_sweep
 from kdcache.students.checkpoints import CheckpointFile
 from kdcache.students.results import ResultsFile
@@ -276,7 +276,7 @@ def test_checkpoints_zero_epochs_apart_are_refused(train):
 
 
 def test_an_unknown_device_is_refused(train):
-    with pytest.raises(JobError, match="'gpu' is no device"):
+    with pytest.raises(OptionError, match="'gpu' is no device"):
         train(device="gpu")
 
 

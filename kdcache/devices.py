@@ -1,4 +1,4 @@
-"""Devices: where students run."""
+"""Devices: where teachers and students run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.errors import JobError
+from kdcache.errors import OptionError
 
 
 def choose_device(name: str) -> torch.device:
@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
 
     Raises
     ------
-    JobError
+    OptionError
         There is no such device.
     """
     if name == "auto":
@@ -26,9 +26,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise JobError(f"{name!r} is no device of torch; give 'auto', 'cpu' or 'cuda'") from error
+        raise OptionError(f"{name!r} is no device of torch; give 'auto', 'cpu', 'cuda' or 'cuda:1'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise JobError(f"device {name!r} was asked for, but torch finds no CUDA device; give 'auto' or 'cpu'")
+        raise OptionError(f"device {name!r} was asked for, but torch finds no CUDA device; give 'auto' or 'cpu'")
     return device
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdcache.errors import JobError
-from kdcache.students.devices import choose_device, move
+from kdcache.devices import choose_device, move
+from kdcache.errors import OptionError
 
 
 def test_a_device_is_chosen_by_its_name():
@@ -17,12 +17,12 @@ def test_auto_takes_cuda_where_there_is_one():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none_is_refused():
-    with pytest.raises(JobError, match="torch finds no CUDA device"):
+    with pytest.raises(OptionError, match="torch finds no CUDA device"):
         choose_device("cuda")
 
 
 def test_a_name_that_is_no_device_is_refused():
-    with pytest.raises(JobError, match="'gpu' is no device of torch"):
+    with pytest.raises(OptionError, match="'gpu' is no device of torch"):
         choose_device("gpu")
 
 
