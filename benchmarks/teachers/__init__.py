@@ -6,16 +6,20 @@ give the living networks and their inputs. Recordings lie in benchmarks/.cache, 
 
 from __future__ import annotations
 
-__all__ = ["NAMES", "Head", "Recorded", "load", "smollm2"]
+__all__ = ["NAMES", "Head", "Recorded", "efficientnet", "load", "ppocr", "smollm2"]
 
 from collections.abc import Callable
 from typing import Final
 
-from benchmarks.teachers import smollm2
+from benchmarks.teachers import efficientnet, ppocr, smollm2
 from benchmarks.teachers.recorded import Head, Kind, Recorded
 
 _LOADERS: Final[dict[str, Callable[[Kind], Recorded]]] = {
     "smollm2": smollm2.load,
+    "ppocr": ppocr.load,
+    "efficientnet-lite0": lambda kind: efficientnet.load("lite0", kind),
+    "efficientnet-lite1": lambda kind: efficientnet.load("lite1", kind),
+    "efficientnet-lite2": lambda kind: efficientnet.load("lite2", kind),
 }
 NAMES: Final = tuple(_LOADERS)
 
