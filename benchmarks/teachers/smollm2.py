@@ -70,6 +70,7 @@ def network() -> Network:
     transformers = _transformers()
     for name in ("accelerate", "gguf"):  # transformers would say so much later, and less clearly
         require(name)
+    transformers.utils.logging.disable_progress_bar()
     causal = transformers.AutoModelForCausalLM.from_pretrained(
         _folder(),
         gguf_file=_FILE,
