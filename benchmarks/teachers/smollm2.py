@@ -167,5 +167,4 @@ def _folder() -> Path:
 
 def _transformers() -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every file is here already
-    os.environ.setdefault("TQDM_DISABLE", "1")  # unpacking draws a bar that nothing else turns off
     return require("transformers")
