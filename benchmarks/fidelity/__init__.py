@@ -1,0 +1,1 @@
+"""Fidelity for bytes: what a cache keeps of real teachers, beside what other systems keep of them."""
