@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from kdcache.errors import CodecError
@@ -47,6 +47,10 @@ class Peer(ABC):
     @abstractmethod
     def soft_targets(self, kept: Kept, temperature: float) -> Float[Tensor, "row class"]:
         """Form the soft targets at a temperature as the system's training code does, float32."""
+
+    def log_soft_targets(self, kept: Kept, temperature: float) -> Float64[Tensor, "row class"]:
+        """Give the logarithms of the soft targets, float64; -inf where a class has none, or less than none."""
+        return self.soft_targets(kept, temperature).double().clamp(min=0).log()
 
     def store(self, logits: Float[Tensor, "row class"], folder: Path) -> int:
         """Encode and write rows; give the bytes on disk, container and metadata included."""

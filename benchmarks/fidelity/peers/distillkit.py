@@ -4,6 +4,10 @@ As its sources describe it (arcee-ai/DistillKit, Apache-2.0, read in November 20
 first, of which `exact_k` are kept as bfloat16; a least-squares fit over the rest, in powers of the rank and its square
 root, float32 coefficients; optionally bins of residual codes with one scale each; and the classes, as many bits each as
 the vocabulary needs. A sequence is one row of a Parquet file, with the token ids and the two byte arrays as lists.
+
+One thing is done better here, so that nobody's rounding is compared: the fit is solved in float64. Solved in float32,
+as the original does, powers of ranks above 100 leave too few digits: at k=128 the curve then misses SmolLM2's
+log-probabilities by 0.86 instead of 0.04 (root mean square).
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ from benchmarks.fidelity.peers.bits import pack_bits, unpack_bits
 
 _SEQUENCE_ROWS: Final = 1024  # its default length of a sequence
 _FLOOR: Final = 1e-8  # its least probability of a class that is not kept
-_SMALLEST_SINGULAR: Final = 1e-5  # its cut in the least-squares fit
 _NESTED_BYTES: Final = pa.list_(pa.list_(pa.uint8()))
 _SCHEMA: Final = pa.schema(
     {
@@ -178,10 +181,10 @@ class DistillKit(Peer):
         return torch.stack([ranks**power for power in self.powers], dim=1)
 
     def _fit(self, values: Float[Tensor, "row rank"]) -> Float[Tensor, "row term"]:
-        left, singular, right = torch.linalg.svd(self._terms(), full_matrices=False)
-        inverse = torch.where(singular > _SMALLEST_SINGULAR, 1 / singular, 0.0)
-        coefficients: Tensor = values @ left * inverse @ right
-        return coefficients.contiguous()
+        terms = self._terms().double()
+        scale = terms.amax(dim=0)
+        solution = torch.linalg.lstsq(terms / scale, values.double().T).solution / scale[:, None]
+        return solution.T.float().contiguous()
 
     def _curve(self, coefficients: Float[Tensor, "row term"]) -> Float[Tensor, "row rank"]:
         return coefficients @ self._terms().T
