@@ -60,7 +60,7 @@ def rates_table(lines: Sequence[Line], forward_seconds: Mapping[str, float]) -> 
         if not line["is_default"]:
             continue
         seconds = forward_seconds.get(line["teacher"])
-        share = f"{1 / line['encode_rows_per_second'] / seconds:.1%}" if seconds else ""
+        share = f"{1 / line['encode_rows_per_second'] / seconds:.2%}" if seconds else ""
         rows.append(
             [
                 line["teacher"], line["family"], line["setting"], f"{line['encode_rows_per_second']:,.0f}",

@@ -147,7 +147,7 @@ def test_tables_mark_ours_and_formats_whose_divergence_is_infinite():
 def test_cost_tables_give_the_rows_at_which_a_basis_has_paid():
     rows = report.rates_table(LINES, {"smollm2": 0.01}).splitlines()
     assert rows[2].endswith("| 150 / never |")
-    assert "| 10.0% |" in rows[2]
+    assert "| 10.00% |" in rows[2]
 
 
 def test_pictures_of_equal_figures_are_equal(tmp_path):
