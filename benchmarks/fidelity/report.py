@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["draw", "ensemble_table", "fidelity_table", "l1_table", "rates_table"]
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,8 +14,20 @@ _TITLES: Final = {
     "efficientnet-lite0": "EfficientNet-Lite0, 1,000 classes",
     "ppocr": "PP-OCRv6, 18,710 classes",
 }
-_COLOURS: Final = ("#0072B2", "#56B4E9", "#009E73", "#333333", "#D55E00", "#E69F00", "#CC79A7", "#999999")
-_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+_STYLES: Final = {  # colours that the colour-blind can tell apart (Okabe and Ito 2008), and markers
+    "kdcache spectral": ("#0072B2", "o"),
+    "kdcache topk, class means": ("#56B4E9", "s"),
+    "kdcache topk, samples": ("#56B4E9", "d"),
+    "kdcache codes": ("#009E73", "^"),
+    "DistillKit, leftover^(1/T)": ("#D55E00", "v"),
+    "DistillKit, renormalised": ("#E69F00", "v"),
+    "TinyViT": ("#CC79A7", "X"),
+    "ml-dr": ("#333333", "D"),
+    "random sampling at T=1": ("#999999", "<"),
+    "random sampling at T=2": ("#999999", ">"),
+}
+_MOSTLY: Final = 0.5  # of the rows infinite: marked
+_TICKS: Final = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _SHOWN: Final = ("1", "1.5", "2", "4", "10", "20")
 
 Line = Mapping[str, Any]
@@ -25,7 +38,7 @@ def fidelity_table(lines: Sequence[Line], teacher: str) -> str:
     header = ["kept by", "set to", "bytes a row", *(f"T={at}" for at in _SHOWN), "worst row"]
     rows = []
     for line in _of(lines, teacher):
-        infinite = max(one["infinite_rows"] for one in line["fidelity"].values()) >= 0.5
+        infinite = max(one["infinite_rows"] for one in line["fidelity"].values()) >= _MOSTLY
         mark = " *" if infinite else ""
         figures = [f"{_short(line['fidelity'][at]['kl_mean'])}{mark}" for at in _SHOWN]
         worst = max(line["fidelity"][at]["kl_max"] for at in _SHOWN)
@@ -96,22 +109,31 @@ def draw(lines: Sequence[Line], path: Path) -> tuple[Path, ...]:
 
     mpl.rcParams["svg.hashsalt"] = "kdcache"
     teachers = [name for name in _TITLES if any(line["teacher"] == name for line in lines)]
-    families = list(dict.fromkeys(line["family"] for line in lines))
+    families = [name for name in _STYLES if any(line["family"] == name for line in lines)]
     figure, grid = plt.subplots(
         len(teachers), len(_SHOWN), figsize=(15, 3.3 * len(teachers) + 0.8), sharey="row", sharex="row", squeeze=False
     )
     for row, teacher in zip(grid, teachers, strict=True):
         for axes, at in zip(row, _SHOWN, strict=True):
-            for number, family in enumerate(families):
-                _draw_family(axes, [one for one in _of(lines, teacher) if one["family"] == family], at, number)
+            for family in families:
+                _draw_family(axes, [one for one in _of(lines, teacher) if one["family"] == family], at)
             axes.set(xscale="log", yscale="log", title=f"T = {at}")
             axes.grid(visible=True, which="major", color="#E5E5E5", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
+            left, right = axes.get_xlim()
+            axes.set_xticks([tick for tick in _TICKS if left <= tick <= right], minor=False)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.minorticks_off()
         row[0].set_ylabel(f"{_TITLES[teacher]}\nmean KL, nats", fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("bytes a row")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
+    drawn: dict[str, Any] = {}
+    for axes in grid.flat:
+        drawn = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | drawn
+    figure.legend(
+        [drawn[name] for name in families if name in drawn], [name for name in families if name in drawn],
+        loc="upper center", ncols=5, frameon=False,
+    )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.7 / figure.get_figheight()))
     path.parent.mkdir(parents=True, exist_ok=True)
     written = (path.with_suffix(".png"), path.with_suffix(".svg"))
@@ -121,19 +143,17 @@ def draw(lines: Sequence[Line], path: Path) -> tuple[Path, ...]:
     return written
 
 
-def _draw_family(axes: Any, lines: Sequence[Line], at: str, number: int) -> None:
-    points = sorted(
-        (line["row_bytes"], line["fidelity"][at]["kl_mean"], line["fidelity"][at]["infinite_rows"]) for line in lines
-    )
-    points = [point for point in points if point[1] > 0]
-    colour = _COLOURS[number % len(_COLOURS)]
-    is_hollow = any(infinite >= 0.5 for _, _, infinite in points)
-    ours = bool(lines) and lines[0]["is_ours"]
+def _draw_family(axes: Any, lines: Sequence[Line], at: str) -> None:
+    points = [(line["row_bytes"], line["fidelity"][at]) for line in sorted(lines, key=itemgetter("row_bytes"))]
+    if not points:
+        return
+    colour, marker = _STYLES[lines[0]["family"]]
+    ours = lines[0]["is_ours"]
+    is_hollow = any(figures["infinite_rows"] >= _MOSTLY for _, figures in points)
     axes.plot(
-        [point[0] for point in points], [point[1] for point in points], color=colour,
-        marker=_MARKERS[number % len(_MARKERS)], markersize=6 if ours else 5, linewidth=1.8 if ours else 0.9,
-        markerfacecolor="white" if is_hollow else colour, linestyle="-" if ours else "--",
-        label=lines[0]["family"] if lines else f"_{number}", zorder=3 if ours else 2,
+        [row_bytes for row_bytes, _ in points], [figures["kl_mean"] for _, figures in points], color=colour,
+        marker=marker, markersize=6, linewidth=1.8 if ours else 0.9, linestyle="-" if ours else "--",
+        markerfacecolor="white" if is_hollow else colour, label=lines[0]["family"], zorder=3 if ours else 2,
     )  # fmt: skip
 
 
