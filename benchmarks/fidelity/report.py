@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "ensemble_table", "fidelity_table", "l1_table", "rates_table"]
+__all__ = ["all_tables", "draw", "ensemble_table", "fidelity_table", "filled", "l1_table", "rates_table"]
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -31,6 +32,35 @@ _TICKS: Final = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _SHOWN: Final = ("1", "1.5", "2", "4", "10", "20")
 
 Line = Mapping[str, Any]
+
+
+def all_tables(document: Mapping[str, Any]) -> dict[str, str]:
+    """Give every table of a results file, in Markdown, by name."""
+    lines = document["lines"]
+    tables = {}
+    for teacher in dict.fromkeys(line["teacher"] for line in lines):
+        tables[f"{teacher} KL"] = fidelity_table(lines, teacher)
+        tables[f"{teacher} L1"] = l1_table(lines, teacher)
+    tables["costs"] = rates_table(lines, document["forward_seconds"])
+    if document["ensemble"]:
+        tables["ensemble"] = ensemble_table(document["ensemble"])
+    return tables
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """Put tables into a page, each between ``<!-- table NAME -->`` and ``<!-- end -->``.
+
+    Examples
+    --------
+    >>> filled("<!-- table a --> old <!-- end -->", {"a": "new"}).split()
+    ['<!--', 'table', 'a', '-->', 'new', '<!--', 'end', '-->']
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- table {name} -->\n{tables[name]}\n<!-- end -->" if name in tables else match[0]
+
+    return re.sub(r"<!-- table (?P<name>[^>]*?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def fidelity_table(lines: Sequence[Line], teacher: str) -> str:
