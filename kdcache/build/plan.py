@@ -40,6 +40,8 @@ MAX_PILOT_ROWS = 4096
 MANY_CLASSES = 16384
 USUAL_COMPONENTS = 1024
 """Components of a basis that is still to be fitted, for the choice of a layout."""
+BASIS_CHUNK_ROWS = 256
+"""Codes of a basis are compressed component by component, which wants this many rows."""
 BATCH_SIZE = 256
 
 Merge = Literal["geometric"] | None
@@ -86,7 +88,8 @@ def choose_layout(
         shard_rows = min(_power_of_two_to(by_size), few)
         shard_rows = max(shard_rows, 1) if chunk_rows is None else -(-shard_rows // chunk_rows) * chunk_rows
     if chunk_rows is None:
-        chunk_rows = min(_power_of_two_to(CHUNK_BYTES // row_bytes), MAX_CHUNK_ROWS, shard_rows)
+        few_rows = BASIS_CHUNK_ROWS if _may_have_basis(codec) else 1
+        chunk_rows = min(max(_power_of_two_to(CHUNK_BYTES // row_bytes), few_rows), MAX_CHUNK_ROWS, shard_rows)
         while shard_rows % chunk_rows:
             chunk_rows -= 1
     return Layout(shard_rows, chunk_rows)
@@ -233,9 +236,13 @@ def _row_bytes(codec: PlannedCodec, num_classes: int) -> int:
     return made.num_columns * np.dtype(made.storage_dtype).itemsize
 
 
+def _may_have_basis(codec: PlannedCodec) -> bool:
+    return isinstance(codec, RateTarget | Spectral)
+
+
 def _pilot_rows(codec: PlannedCodec, num_classes: int) -> int:
     """Choose the pilot's rows: a basis wants four times as many as it has components, where memory allows."""
-    if not isinstance(codec, RateTarget | Spectral):
+    if not _may_have_basis(codec):
         return NUM_PILOT_ROWS
     wanted = max(NUM_PILOT_ROWS, 4 * num_classes)
     return min(wanted, MAX_PILOT_ROWS) if num_classes <= MANY_CLASSES else NUM_PILOT_ROWS * 9 // 8

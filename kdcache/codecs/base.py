@@ -95,7 +95,10 @@ class Codec(Protocol):
         """
 
     def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give the parameters as `encode` and `decode` work on them fastest; both take them prepared or not."""
+        """Give the parameters as `decode` works on them fastest; it takes them prepared or not."""
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as `encode` works on them fastest; it takes them prepared or not."""
 
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
@@ -150,6 +153,7 @@ class Decoder:
     parameters: Mapping[str, Tensor]
     _moved: dict[torch.device, Decoder] = field(default_factory=dict, init=False, repr=False)
     _prepared: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _encoding: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.codec.check_parameters(self.parameters)
@@ -164,7 +168,9 @@ class Decoder:
 
     def encode(self, logits: Float[Tensor, "row class"]) -> Shaped[Tensor, "row column"]:
         """Encode logits with these parameters; see `Codec.encode`."""
-        return self.codec.encode(logits, self._prepared)
+        if not self._encoding:
+            object.__setattr__(self, "_encoding", self.codec.prepare_to_encode(self.parameters))
+        return self.codec.encode(logits, self._encoding)
 
     def to(self, device: torch.device | str) -> Decoder:
         """Give this decoder with its parameters on `device`.
@@ -183,7 +189,7 @@ class Decoder:
         moved = object.__new__(Decoder)
         parameters = parameters_to(self.parameters, device)
         prepared = self.codec.prepare(parameters)
-        values = {"codec": self.codec, "parameters": parameters, "_moved": {}, "_prepared": prepared}
+        values = {"codec": self.codec, "parameters": parameters, "_moved": {}, "_prepared": prepared, "_encoding": {}}
         for name, value in values.items():
             object.__setattr__(moved, name, value)
         return moved

@@ -190,6 +190,10 @@ class CodesCodec:
         """Give the parameters as they are."""
         return parameters
 
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
     ) -> Shaped[Tensor, "row column"]:

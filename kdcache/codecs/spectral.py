@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, row_blocks
 from kdcache.codecs.divergence import TEMPERATURES, divergences
-from kdcache.codecs.spectral_fit import Basis, centred, fit_basis, masked_classes
+from kdcache.codecs.spectral_fit import Basis, centred, fit_basis, masked_classes, projection_of
 from kdcache.documents.codec_specs import Spectral
 from kdcache.errors import CodecError, NonFiniteLogitsError
 
@@ -108,8 +108,8 @@ class SpectralCodec:
         -------
         SpectralCodec
         dict of str to numpy.ndarray
-            `mean` float32 [class], `basis` float16 [component, class], `weights` float32 [class], `projection` float64
-            [component, component], `steps` float32 [level].
+            `mean` float32 [class], `basis` float16 [component, class], `weights` float32 [class], `steps` float32
+            [level].
 
         Raises
         ------
@@ -201,7 +201,6 @@ class SpectralCodec:
             "mean": ((classes,), torch.float32),
             "basis": ((rank, classes), torch.float16),
             "weights": ((classes,), torch.float32),
-            "projection": ((rank, rank), torch.float64),
             "steps": ((NUM_LEVELS,), torch.float32),
         }
         found = {name: (tuple(value.shape), value.dtype) for name, value in parameters.items()}
@@ -218,6 +217,13 @@ class SpectralCodec:
         """Give the parameters with the basis in the type of the matrix products, so that decoding converts nothing."""
         dtype = torch.bfloat16 if self.spec.precision == "bfloat16" else torch.float32
         return {**parameters, "basis": parameters["basis"].to(dtype)}
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add `projection`, float64 [component, component]: coordinates = projection @ (weights basis) @ row."""
+        projection = parameters.get("projection")
+        if projection is None:
+            projection = projection_of(parameters["basis"], parameters["weights"])
+        return {**self.prepare(parameters), "projection": projection}
 
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
@@ -246,7 +252,7 @@ class SpectralCodec:
             The logits are no [row, class] array of this codec's classes.
         """
         check_logits(logits, self.num_classes)
-        parameters = self.prepare(parameters)
+        parameters = self.prepare_to_encode(parameters)
         logits = logits.detach()
         opened, kept = self._opened(logits, parameters)
         codes = torch.empty(len(logits), self.num_columns, dtype=torch.uint16, device=logits.device)
@@ -298,7 +304,7 @@ class SpectralCodec:
         basis = torch.zeros(self.num_components, self.num_classes, dtype=torch.float16, device=masked.device)
         weights = torch.zeros(self.num_classes, device=masked.device)
         mean[kept], basis[:, kept], weights[kept] = found.mean, found.basis, found.weights
-        return {"mean": mean, "basis": basis, "weights": weights, "projection": found.projection}
+        return {"mean": mean, "basis": basis, "weights": weights}
 
     def _with_step(self, parameters: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
         return {**parameters, "steps": self._steps(step).to(parameters["mean"].device)}
@@ -310,7 +316,7 @@ class SpectralCodec:
     def _fitted_step(self, held_out: Tensor, parameters: Mapping[str, Tensor], spread: float) -> float:
         """Find the step with which the target is just met before anything is refined."""
         target, step = self.max_kl or _DEFAULT_MAX_KL, spread / 16
-        opened, kept = self._opened(held_out, self.prepare(self._with_step(parameters, step)))
+        opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
         for _ in range(_STEP_ROUNDS):
             now = self._with_step(kept, step)
             coordinates = self._coordinates(opened, now)

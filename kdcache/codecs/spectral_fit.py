@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Basis", "centred", "fit_basis", "masked_classes"]
+__all__ = ["Basis", "centred", "fit_basis", "masked_classes", "projection_of"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +35,6 @@ class Basis:
         Decoded logits are mean + coordinates @ basis; float16, 0 in masked classes.
     weights : Tensor [class]
         Of the projection, float32: what lies outside the basis is left out where it matters least.
-    projection : Tensor [component, component]
-        float64: coordinates = projection @ (basis * weights) @ (centred row - mean).
     spread : Tensor [component]
         Standard deviation of the pilot's coordinates, float64, descending.
     """
@@ -44,7 +42,6 @@ class Basis:
     mean: Tensor
     basis: Tensor
     weights: Tensor
-    projection: Tensor
     spread: Tensor
 
 
@@ -101,7 +98,6 @@ def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> 
         mean=mean.float(),
         basis=basis,
         weights=weights,
-        projection=_projection(basis, weights),
         spread=values.flip(0).clamp(min=0).sqrt() * scale,
     )
 
@@ -180,7 +176,10 @@ def _gram(span: Tensor) -> Tensor:
     return total
 
 
-def _projection(basis: Tensor, weights: Tensor) -> Float64[Tensor, "component component"]:
+def projection_of(
+    basis: Float[Tensor, "component class"], weights: Float[Tensor, " class"]
+) -> Float64[Tensor, "component component"]:
+    """Give the inverse of basis diag(weights) basis^T: coordinates = projection @ (basis * weights) @ row."""
     total = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
     for classes in _class_slices(basis):
         total += _outer(basis[:, classes].double() * weights[classes].double().sqrt())
