@@ -32,7 +32,8 @@ _GUARD_ROUNDS = 24
 _STEP_ROUNDS = 6
 _DEFAULT_MAX_KL = 0.01
 _MAX_HELD_OUT_ROWS = 512
-_LEAST_PILOT_ROWS = 16
+_LEAST_PILOT_ROWS = 8
+_LEAST_STEP, _MOST_STEP = 1e-20, 1e20  # of pilots without any spread
 _BLOCK_ELEMENTS = 2**24
 _PER_CLASS = ("mean", "basis", "weights")
 
@@ -315,7 +316,7 @@ class SpectralCodec:
 
     def _fitted_step(self, held_out: Tensor, parameters: Mapping[str, Tensor], spread: float) -> float:
         """Find the step with which the target is just met before anything is refined."""
-        target, step = self.max_kl or _DEFAULT_MAX_KL, spread / 16
+        target, step = self.max_kl or _DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
         opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
         for _ in range(_STEP_ROUNDS):
             now = self._with_step(kept, step)
@@ -323,6 +324,7 @@ class SpectralCodec:
             levels = self._levels(opened, now)
             _, measured = self._quantised(opened, coordinates, levels, now)
             step *= float((target / measured.mean(dim=0).amax().clamp(min=1e-12)).sqrt().clamp(1 / 64, 64))
+            step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
 
     def _opened(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
