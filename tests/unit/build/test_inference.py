@@ -147,7 +147,7 @@ def test_logits_that_are_not_finite_name_teacher_and_example(tmp_path, value, sa
 
 def test_a_row_of_masked_classes_alone_names_teacher_and_example(tmp_path):
     teacher = Spoiled(29, -torch.inf, classes=slice(None))
-    with pytest.raises(NonFiniteLogitsError, match="^teacher 'a' gave nothing but -inf as the logits of example 29 "):
+    with pytest.raises(NonFiniteLogitsError, match=r"^teacher 'a' gave nothing but -inf as the logits of example 29 "):
         build_tiny(tmp_path / "cache", teachers={"a": teacher})
 
 
