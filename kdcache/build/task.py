@@ -11,7 +11,7 @@ __all__ = ["Destination", "certify", "is_done", "publish_shard", "remaining_shar
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.rows import RowMap
-from kdcache.codecs import LADDER, Codec, codec_for, error_range, measure, parameters_to
+from kdcache.codecs import LADDER, Decoder, codec_for, error_range, measure, parameters_to
 from kdcache.documents import CacheDocument, CertificateDocument, Record, TeacherDocument
 from kdcache.errors import CorruptCacheError
 from kdcache.store import CacheStore
@@ -43,14 +43,13 @@ class Destination:
     store: CacheStore
     cache: CacheDocument
     teacher: TeacherDocument
-    codec: Codec
-    parameters: Mapping[str, Tensor]
+    decoder: Decoder
 
     @classmethod
     def open(cls, store: CacheStore, cache: CacheDocument, teacher: TeacherDocument) -> Destination:
         """Read the codec's parameters and make the destination."""
-        parameters = parameters_to(store.parameters(teacher), "cpu")
-        return cls(store, cache, teacher, codec_for(teacher.codec, teacher.num_classes), parameters)
+        codec = codec_for(teacher.codec, teacher.num_classes)
+        return cls(store, cache, teacher, Decoder(codec, parameters_to(store.parameters(teacher), "cpu")))
 
 
 def run_tasks(
@@ -93,10 +92,9 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
     CorruptCacheError
         A shard without a record stands there that does not belong to this teacher.
     """
-    codec = destination.codec
-    parameters = parameters_to(destination.parameters, logits.device)
-    codes = codec.encode(logits, parameters)
-    certificate = certify(logits, codec.decode(codes, parameters))
+    decoder = destination.decoder.to(logits.device)
+    codes = decoder.encode(logits)
+    certificate = certify(logits, decoder.decode(codes))
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
     if not published.created:
@@ -137,7 +135,7 @@ def _certify_standing(
     standing = reader.read_shard(shard_index)[: len(ours)]
     if np.array_equal(standing, ours):
         return certificate
-    decoded = destination.codec.decode(torch.from_numpy(standing), destination.parameters)
+    decoded = destination.decoder.decode(torch.from_numpy(standing))
     largest_error = float(error_range(logits.cpu(), decoded).max())  # infinite where other classes are masked
     logit_span = float(logits.max()) - _smallest_finite(logits)
     allowed = ADOPTED_ERROR_FACTOR * certificate.max_error_range + 0.02 * logit_span
