@@ -105,7 +105,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
         num_rows=len(logits),
         num_bytes=published.num_bytes,
         sha256=published.sha256,
-        min_logit=float(logits.min()),
+        min_logit=_smallest_finite(logits),
         max_logit=float(logits.max()),
         certificate=certificate,
     )
@@ -136,17 +136,21 @@ def _certify_standing(
     if np.array_equal(standing, ours):
         return certificate
     decoded = destination.decoder.decode(torch.from_numpy(standing))
-    theirs = certify(logits.cpu(), decoded)
-    logit_span = float(logits.max() - logits.min())
+    largest_error = float(error_range(logits.cpu(), decoded).max())  # infinite where other classes are masked
+    logit_span = float(logits.max()) - _smallest_finite(logits)
     allowed = ADOPTED_ERROR_FACTOR * certificate.max_error_range + 0.02 * logit_span
-    if theirs.max_error_range > allowed:
+    if largest_error > allowed:
         raise CorruptCacheError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
-            f"without a record, and its logits differ from the teacher's by up to {theirs.max_error_range:.3g} (ours: "
+            f"without a record, and its logits differ from the teacher's by up to {largest_error:.3g} (ours: "
             f"{certificate.max_error_range:.3g}). It was not written by this build. Nothing was changed; delete the "
             "shard's file and run the same command again"
         )
-    return theirs
+    return certify(logits.cpu(), decoded)
+
+
+def _smallest_finite(logits: Tensor) -> float:
+    return float(logits.masked_fill(logits.isneginf(), torch.inf).min())
 
 
 def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:
