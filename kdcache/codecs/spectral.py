@@ -400,7 +400,7 @@ class SpectralCodec:
         norms = parameters["basis"].float().square().sum(dim=0)
         usual = (norms * parameters["weights"]).sum() / parameters["weights"].sum()
         felt = torch.empty(len(logits), device=logits.device)
-        for block in row_blocks(*logits.shape):
+        for block in row_blocks(*logits.shape, max_elements=2**19):
             felt[block] = _felt(logits[block].to(torch.float32), norms)
         coarser = _ADAPTATION * _LEVELS_PER_OCTAVE * (felt / usual).clamp(min=1e-9).log2()
         return (levels + coarser.round().to(torch.int64)).clamp_(0, NUM_LEVELS - 1)
@@ -439,12 +439,13 @@ def _felt(logits: Tensor, norms: Tensor) -> Tensor:
     The largest over temperatures of sum_i p_i (1 - p_i) |b_i|^2 / temperature^2, with b_i a class's column of the
     basis: the variance of the logit errors under p where the columns of different classes are nearly orthogonal.
     """
-    weights = torch.exp((logits - logits.amax(dim=1, keepdim=True)) / 4)
+    weights = (logits - logits.amax(dim=1, keepdim=True)).div_(4).exp_()
     felt = []
     for temperature in TEMPERATURES[::-1]:
-        p = weights / weights.sum(dim=1, keepdim=True)
-        felt.append((p - p * p) @ norms / temperature**2)
-        weights = weights * weights
+        total = weights.sum(dim=1)
+        squares = weights * weights
+        felt.append((weights @ norms / total - squares @ norms / total**2) / temperature**2)
+        weights = squares
     return torch.stack(felt).amax(dim=0)
 
 
