@@ -8,6 +8,7 @@ import dataclasses
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,9 +31,9 @@ _COLUMNS = (
     ("mean KL", "mean_kl"),
     ("p99 KL", "p99_kl"),
     ("largest KL", "max_kl"),
-    ("bound: mean", "bound_mean"),
-    ("p99", "bound_p99"),
-    ("every row", "kl_bound"),
+    ("bound mean", "bound_mean"),
+    ("bound p99", "bound_p99"),
+    ("KL at most", "kl_bound"),
     ("total variation", "total_variation_bound"),
 )
 """Titles, and the fields of the certificate."""
@@ -124,7 +125,7 @@ def info(
     )
     for what, names in _alike(opened).items():
         say(f"  {escape(', '.join(names))}: {escape(what)}")
-    table = Table("temperature", *(title for title, _ in _COLUMNS), title="stated error")
+    table = Table("temperature", *(title for title, _ in _COLUMNS), title="stated error", box=SIMPLE, padding=0)
     for item in certificates:
         values = [getattr(item, name) for _, name in _COLUMNS]
         table.add_row(f"{item.temperature:g}", *("-" if value is None else f"{value:.2g}" for value in values))
