@@ -79,7 +79,7 @@ def scaled_bounds(
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> bounds = scaled_bounds(logits, logits + torch.tensor([[0.01, -0.01, 0.0]]))
     >>> [f"{bound:.1e}" for bound in bounds[0].tolist()]
-    ['3.2e-05', '3.7e-05', '3.9e-05']
+    ['4.1e-05', '3.9e-05', '3.7e-05']
     """
     if logits.ndim != 2 or logits.shape != decoded.shape:
         raise ShapeError(
