@@ -8,8 +8,8 @@ import torch
 from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
 from kdcache import Codes, Lossless, open_cache, verify_cache
-from kdcache.build.task import Destination, certify, publish_shard, remaining_shards
-from kdcache.codecs import LADDER, error_range, measure
+from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
+from kdcache.codecs import LADDER, CodesCodec, error_range, measure, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -88,6 +88,33 @@ def test_of_many_rows_some_are_measured_and_all_are_bounded(logits, monkeypatch)
 def test_rows_that_lost_nothing_are_certified_to_have_lost_nothing(logits):
     certificate = certify(logits, logits.clone())
     assert certificate.max_kl == (0,) * len(LADDER)
+
+
+def test_bounds_are_of_all_rows_and_hold_for_those_measured(logits):
+    decoded = logits + torch.linspace(0, 0.1, 5)
+    certificate = certify(logits, decoded)
+    assert certificate.num_bounded_rows == len(logits)
+    assert certificate.max_kl[1] <= certificate.bounds[1].max / 4
+    assert certificate.bounds[0].mean <= certificate.bounds[0].max
+
+
+class Sharpened(CodesCodec):
+    """Decodes to other logits at every temperature."""
+
+    depends_on_temperature = True
+
+    def decode(self, codes, parameters, *, temperature=1.0):
+        return super().decode(codes, parameters) * temperature
+
+
+def test_what_is_decoded_by_temperature_is_measured_at_each_and_not_bounded(logits):
+    codec = Sharpened(CODES, 5)
+    parameters = parameters_to(codec.fit(logits), "cpu")
+    codes = codec.encode(logits, parameters)
+    certificate = certify_codes(Decoder(codec, parameters), logits, codes)
+    at_4 = measure(logits, codec.decode(codes, parameters, temperature=4.0), [4.0])
+    assert certificate.mean_kl[2] == pytest.approx(float(at_4.mean()))
+    assert (certificate.bounds, certificate.max_error_range) == ((), None)
 
 
 # Publishing -----------------------------------------------------------------------------------------------------------
