@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CodecSpec", "Codes", "Lossless"]
+__all__ = ["CodecSpec", "Codes", "Lossless", "TopK"]
 
 from typing import Annotated, ClassVar, Literal
 
@@ -38,6 +38,32 @@ class Codes(Document):
     """255 or 65,535 levels; one more code is reserved for holes."""
     spacing: Literal["uniform", "companded"] = "companded"
     """`companded` spaces levels finely near the maximum, where the probability is, and coarsely in the tail."""
+
+
+class TopK(Document):
+    """Keep the largest logits one by one, and of all others their log-partition at every temperature and their shape.
+
+    The probabilities of the k kept classes are right at every temperature from 0.8 up. For budgets of about 15 to 60
+    bytes a row; `class-means` gives dense soft targets, `samples` sparse ones that are unbiased at every temperature.
+    """
+
+    title: ClassVar[str] = "codec spec"
+
+    kind: Literal["topk"] = "topk"
+    k: int = Field(default=16, ge=1, le=4096)
+    """Classes that are kept one by one."""
+    tail: Literal["class-means", "samples"] = "class-means"
+    """How probability is shared out among the other classes."""
+    step: float = Field(default=0.125, ge=2**-6, le=1)
+    """Spacing, in logits, of the codes of the largest kept classes; it widens further below the row's maximum."""
+    num_nodes: int = Field(default=8, ge=2, le=24)
+    """Temperatures at which the log-partition of the tail is interpolated."""
+    num_samples: int = Field(default=16, ge=1, le=4096)
+    """For tail `samples`: classes drawn from the tail."""
+    sample_temperature: float = Field(default=2.0, ge=0.5, le=100)
+    """For tail `samples`: classes are drawn in proportion to their soft targets at this temperature."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """For tail `samples`: with a row's own logits, it decides what is drawn."""
 
 
 CodecSpec = Annotated[Lossless | Codes, Field(discriminator="kind")]
