@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-HIGHEST_BETA = 1.25
-"""Upper end of the range in which the log-partition is interpolated: temperature 0.8."""
+HIGHEST_BETA = 10 / 7
+"""Upper end of the range in which the log-partition is interpolated: temperature 0.7."""
 
 FAR_GAP = 64.0
 """Tail gap beyond which a class is far: its weight is e^-64 of the reference's at temperature 1, e^-8 at 8."""
@@ -87,10 +87,10 @@ def without(
 class LogPartition:
     """F(beta) = log mean of exp(-beta gap) over a row's near tail classes, as beta times a Chebyshev polynomial.
 
-    F is 0 at beta = 0, falling and convex. What is interpolated is F(beta) / beta on [0, 1.25], at the Chebyshev points
+    F is 0 at beta = 0, falling and convex. What is interpolated is F(beta) / beta on [0, 10/7], at the Chebyshev points
     of the second kind (Trefethen, Approximation Theory and Approximation Practice, chapter 2). The last of them is
     beta = 0, where F(beta) / beta is minus the mean gap. The coefficients shrink quickly, so few bits hold them. Above
-    1.25, F is continued along its tangent.
+    10/7, F is continued along its tangent.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class LogPartition:
 
     @cached_property
     def betas(self) -> tuple[float, ...]:
-        """The points of interpolation, falling from 1.25 to 0."""
+        """The points of interpolation, falling from 10/7 to 0."""
         last = self.num_nodes - 1
         return (*(HIGHEST_BETA * (1 + math.cos(math.pi * index / last)) / 2 for index in range(last)), 0.0)
 

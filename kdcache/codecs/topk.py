@@ -191,13 +191,12 @@ class TopKCodec:
         beta = 1 / checked_temperature(temperature)
         fields = self.columns.unpack(codes)
         kept = self._kept(fields, parameters)
-        decoded = self._log_tail(fields, kept, parameters, beta)
-        errors = torch.empty_like(decoded)
+        of_kept = torch.logsumexp(-beta * kept.gaps, dim=1)
+        errors = torch.logaddexp(of_kept, self._log_tail(fields, kept, parameters, beta))
         for block in row_blocks(*logits.shape):
-            gaps = self._gaps(logits[block].detach(), block.start).to(torch.float64)
-            tail = gaps.scatter_(1, kept.classes[block], torch.inf)
-            errors[block] = decoded[block] - torch.logsumexp(-beta * tail, dim=1)
-        return torch.where(errors.isnan(), 0.0, errors)  # two empty tails
+            tail = without(self._gaps(logits[block].detach(), block.start).to(torch.float64), kept.classes[block])
+            errors[block] -= torch.logaddexp(of_kept[block], torch.logsumexp(-beta * tail, dim=1))
+        return errors
 
     @property
     def _num_kept(self) -> int:

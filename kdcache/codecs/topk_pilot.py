@@ -17,7 +17,7 @@ from kdcache.errors import CodecError
 
 _SHAPE_TEMPERATURE = 4.0
 _POPULARITY_TEMPERATURE = 2.0
-_WIDEST_RISE = 16.0  # of class means above the (k + 1)-th: differences of float64 sums stay exact to 1e-6
+_WIDEST_RISE = 16.0  # of class means above the (k + 1)-th: differences of float64 sums stay exact to 1e-5
 
 
 class PilotSums:

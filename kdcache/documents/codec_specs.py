@@ -43,7 +43,7 @@ class Codes(Document):
 class TopK(Document):
     """Keep the largest logits one by one, and of all others their log-partition at every temperature and their shape.
 
-    The probabilities of the k kept classes are right at every temperature from 0.8 up. For budgets of about 15 to 60
+    The probabilities of the k kept classes are right at every temperature from 0.7 up. For budgets of about 15 to 60
     bytes a row; `class-means` gives dense soft targets, `samples` sparse ones that are unbiased at every temperature.
     """
 
@@ -56,7 +56,7 @@ class TopK(Document):
     """How probability is shared out among the other classes."""
     step: float = Field(default=0.125, ge=2**-6, le=1)
     """Spacing, in logits, of the codes of the largest kept classes; it widens further below the row's maximum."""
-    num_nodes: int = Field(default=8, ge=2, le=24)
+    num_nodes: int = Field(default=12, ge=2, le=24)
     """Temperatures at which the log-partition of the tail is interpolated."""
     num_samples: int = Field(default=16, ge=1, le=4096)
     """For tail `samples`: classes drawn from the tail."""

