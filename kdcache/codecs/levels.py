@@ -36,11 +36,11 @@ class Levels:
         """The largest level."""
         return float(self.gaps(torch.tensor(_LAST_CODE)))
 
-    def gaps(self, codes: Shaped[Tensor, "..."]) -> Float64[Tensor, "..."]:
+    def gaps(self, codes: Shaped[Tensor, ...]) -> Float64[Tensor, ...]:
         """Give the levels of codes."""
         return _risen(codes.to(torch.float64) * self.step)
 
-    def nearest(self, gaps: Float[Tensor, "..."]) -> Float32[Tensor, "..."]:
+    def nearest(self, gaps: Float[Tensor, ...]) -> Float32[Tensor, ...]:
         """Give the codes of the nearest levels, whole numbers of type float32; a gap beyond the last has the last."""
         lower = (gaps * (4 / _WIDENING)).add_(1).sqrt_().add_(1).reciprocal_().mul_(gaps).mul_(2 / self.step)
         lower = lower.floor_().clamp_(max=_LAST_CODE - 1)
@@ -48,7 +48,7 @@ class Levels:
         above = _risen((lower + 1) * self.step).sub_(gaps)
         return lower.add_(above < below)
 
-    def rounded(self, gaps: Float32[Tensor, "..."]) -> Float32[Tensor, "..."]:
+    def rounded(self, gaps: Float32[Tensor, ...]) -> Float32[Tensor, ...]:
         """Give the nearest levels of gaps; infinite ones stay so."""
         return _risen(self.nearest(gaps) * self.step).masked_fill_(gaps == torch.inf, torch.inf)
 

@@ -88,9 +88,9 @@ class PilotSums:
     def class_means(self, *, num_kept: int) -> npt.NDArray[np.float32]:
         """Give the classes' mean logits over the rows whose tail they are in, float32 [class].
 
-        Logits are taken from the row's weakest kept class, which centres the rows, and averaged as 4 log mean exp(z / 4).
-        A class that is kept in every row stands level with the weakest kept class, at 0, and no class stands more than
-        16 above the (k + 1)-th. A class that is masked in every row has -inf.
+        Logits are taken from the row's weakest kept class, which centres the rows, and averaged as
+        4 log mean exp(z / 4). A class that is kept in every row stands level with the weakest kept class, at 0, and no
+        class stands more than 16 above the (k + 1)-th. A class that is masked in every row has -inf.
 
         Parameters
         ----------
@@ -107,9 +107,9 @@ class PilotSums:
         if bool(irregular.any()):
             index = int(irregular.nonzero()[0])
             raise CodecError(
-                f"Class {index} is masked in {int(self._num_masked[index])} of the pilot's {self._num_rows} rows. Class "
-                'means hold masks that are the same in every row. Use TopK(tail="samples") or Lossless(), which keep '
-                "masks that change from row to row."
+                f"Class {index} is masked in {int(self._num_masked[index])} of the pilot's {self._num_rows} rows. "
+                'Class means hold masks that are the same in every row. Use TopK(tail="samples") or Lossless(), which '
+                "keep masks that change from row to row."
             )
         num_tail = (self._num_rows - self._num_kept).to(torch.float64)
         means = _SHAPE_TEMPERATURE * (self._log_sums - num_tail.log())
