@@ -34,7 +34,8 @@ class Levels:
     @property
     def last(self) -> float:
         """The largest level."""
-        return float(self.gaps(torch.tensor(_LAST_CODE)))
+        distance = self.step * _LAST_CODE
+        return distance * (1 + distance / _WIDENING)
 
     def gaps(self, codes: Shaped[Tensor, ...]) -> Float64[Tensor, ...]:
         """Give the levels of codes."""
@@ -42,6 +43,7 @@ class Levels:
 
     def nearest(self, gaps: Float[Tensor, ...]) -> Float32[Tensor, ...]:
         """Give the codes of the nearest levels, whole numbers of type float32; a gap beyond the last has the last."""
+        gaps = gaps.clamp(max=self.last)
         lower = (gaps * (4 / _WIDENING)).add_(1).sqrt_().add_(1).reciprocal_().mul_(gaps).mul_(2 / self.step)
         lower = lower.floor_().clamp_(max=_LAST_CODE - 1)
         below = gaps - _risen(lower * self.step)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 _LOW_31 = 2**31 - 1
 _LOW_22 = 2**22 - 1
-_LOWEST_EXPONENT = -80.0  # e^-80 is still a float32, and 2^19 of them are nothing beside 1
 
 
 def inclusion_probabilities(
@@ -50,19 +49,18 @@ def thresholds(gaps: Float32[Tensor, "row class"], num_samples: int, temperature
     all_kept = num_finite <= num_samples
     nearest = gaps.amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
     exponents = (nearest - gaps).div_(temperature)
-    weights = exponents.clamp(min=_LOWEST_EXPONENT).exp_().masked_fill_(gaps == torch.inf, 0)
+    log_rest = torch.logsumexp(exponents, dim=1, keepdim=True)
     log_scale = torch.full_like(nearest, -torch.inf)
     num_capped = torch.zeros_like(num_finite)
-    rest = weights.sum(dim=1, keepdim=True)
     while True:
-        risen = torch.maximum(log_scale, ((num_samples - num_capped) / rest).log())
+        risen = torch.maximum(log_scale, (num_samples - num_capped).log() - log_rest)
         log_scale = torch.where(all_kept, torch.inf, risen)
         capped = exponents >= -log_scale
         now_capped = capped.sum(dim=1, keepdim=True)
         if bool((all_kept | (now_capped == num_capped)).all()):
             return (nearest + temperature * log_scale).to(torch.float64)[:, 0]
         num_capped = now_capped
-        rest = weights.masked_fill(capped, 0).sum(dim=1, keepdim=True)
+        log_rest = torch.logsumexp(exponents.masked_fill(capped, -torch.inf), dim=1, keepdim=True)
 
 
 def uniforms(content: Int64[Tensor, "row number"], seed: int) -> Float64[Tensor, " row"]:
