@@ -24,6 +24,7 @@ FAR_GAP = 64.0
 """Tail gap beyond which a class is far: its weight is e^-64 of the reference's at temperature 1, e^-8 at 8."""
 
 _FAR_BETA = 1 / 8
+_NEAREST_GAP = -8.0  # levels hundreds of logits below a row's maximum lie so far apart that gaps fall below them
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def separated(
     reference : Tensor [row]
         Gap from which tail gaps are counted.
     """
-    tail = without(gaps - reference.to(gaps.dtype)[:, None], classes, value=0.0)
+    tail = (gaps - reference.to(gaps.dtype)[:, None]).clamp_(min=_NEAREST_GAP)
+    tail = without(tail, classes, value=0.0)
     reference = reference.to(torch.float64)
     none = torch.zeros_like(classes[:, 0])
     if bool(tail.amax() <= FAR_GAP):

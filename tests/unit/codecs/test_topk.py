@@ -166,6 +166,15 @@ def test_classes_far_below_the_tail_do_not_disturb_it(tail, temperature, depth):
     assert float(errors.abs().amax()) < 5e-3
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_tails_where_levels_lie_far_apart_decode_to_numbers(tail):
+    logits = torch.full((2, 5), -999_777.0)
+    logits[:, 3] = 0.0
+    codec, parameters, codes = coded(logits, tail=tail, k=2, step=1.0, num_samples=3)
+    assert not codec.is_fill(codes).any()
+    assert codec.decode(codes, parameters, temperature=1e3).argmax(1).tolist() == [3, 3]
+
+
 def test_far_classes_count_at_very_high_temperatures():
     logits = sampled(num_rows=8)
     logits[:, ::3] -= 100.0
