@@ -13,6 +13,7 @@ __all__ = [
     "SoftTargetCache",
     "SoftTargetLoader",
     "SoftTargets",
+    "TopK",
     "TransferSet",
     "Views",
     "__version__",
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from kdcache import errors
     from kdcache.build import build_cache, plan_cache
     from kdcache.cache import SoftTargetCache, open_cache
-    from kdcache.documents import Codes, Lossless
+    from kdcache.documents import Codes, Lossless, TopK
     from kdcache.losses import DistillationLoss, distillation_loss
     from kdcache.soft_targets import SoftTargets
     from kdcache.stream import SoftTargetLoader
@@ -47,6 +48,7 @@ _HOMES = {
     "SoftTargetCache": "cache",
     "SoftTargetLoader": "stream",
     "SoftTargets": "soft_targets",
+    "TopK": "documents",
     "TransferSet": "transfer_set",
     "Views": "transfer_set",
     "build_cache": "build",

@@ -52,18 +52,20 @@ class Certificate:
         errors of two teachers can cost more in their mean than in either of them.
     num_measured_rows : int
         Rows that were measured, summed over teachers.
-    kl_bound : float
-        R^2 / (8 temperature^2), from all rows, measured or not (Hoeffding 1963, lemma 1).
-    total_variation_bound : float
-        tanh(R / (4 temperature)), from all rows; total variation is half the L1 distance.
+    kl_bound : float or None
+        R^2 / (8 temperature^2), from all rows, measured or not (Hoeffding 1963, lemma 1). None for the codec `topk`,
+        which does not keep every logit: R says nothing of it. Its KL is measured as it decodes at each temperature, and
+        with tail `samples` is that of the kept classes and one class made of all others.
+    total_variation_bound : float or None
+        tanh(R / (4 temperature)), from all rows; total variation is half the L1 distance. None as `kl_bound`.
     """
 
     temperature: float
     mean_kl: float | None
     max_kl: float | None
     num_measured_rows: int
-    kl_bound: float
-    total_variation_bound: float
+    kl_bound: float | None
+    total_variation_bound: float | None
 
 
 def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = False) -> SoftTargetCache:
@@ -326,15 +328,16 @@ class SoftTargetCache:
         self._refuse_incomplete("certified")
         divisor = checked_temperature(temperature)
         certificates = [self.certificates[name] for name in self._chosen(teachers)]
-        largest = torch.tensor(max(item.max_error_range for item in certificates), dtype=torch.float64)
+        ranges = [item.max_error_range for item in certificates if item.max_error_range is not None]
+        largest = torch.tensor(max(ranges), dtype=torch.float64) if len(ranges) == len(certificates) else None
         mean_kl, max_kl = _measured(certificates, divisor)
         return Certificate(
             temperature=divisor,
             mean_kl=mean_kl,
             max_kl=max_kl,
             num_measured_rows=sum(item.num_measured_rows for item in certificates),
-            kl_bound=float(kl_bound(largest, divisor)),
-            total_variation_bound=float(total_variation_bound(largest, divisor)),
+            kl_bound=None if largest is None else float(kl_bound(largest, divisor)),
+            total_variation_bound=None if largest is None else float(total_variation_bound(largest, divisor)),
         )
 
     @property

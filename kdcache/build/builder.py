@@ -75,7 +75,7 @@ def build_cache(
         The examples.
     teachers : mapping of name to nn.Module, or sequence of Teacher
         The ensemble, in order.
-    codec : Lossless or Codes, default Codes()
+    codec : Lossless, Codes or TopK, default Codes()
         How logits are stored.
     num_classes : int, optional
         Classes; what the first teacher gives where absent.

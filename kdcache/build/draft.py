@@ -19,7 +19,7 @@ from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
 from kdcache.build.work import StoredTeacher, Work
-from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, Lossless, PlanDocument
+from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, Lossless, PlanDocument, TopK
 from kdcache.errors import CacheExistsError, JobError, OptionError, TransferSetError
 from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import TransferSet
@@ -46,8 +46,10 @@ class PlanOptions:
     add_teachers: bool = False
 
     def __post_init__(self) -> None:
-        if self.codec is not None and not isinstance(self.codec, Lossless | Codes):
-            raise OptionError(f"codec is {self.codec!r}; give kdcache.Codes(...) or kdcache.Lossless(...)")
+        if self.codec is not None and not isinstance(self.codec, Lossless | Codes | TopK):
+            raise OptionError(
+                f"codec is {self.codec!r}; give kdcache.Codes(...), kdcache.TopK(...) or kdcache.Lossless(...)"
+            )
         for name in ("num_classes", "shard_rows", "chunk_rows", "batch_size", "num_pilot_rows", "num_workers"):
             value = getattr(self, name)
             if value is not None:

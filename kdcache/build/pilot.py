@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.rows import BatchKey, RowMap
-from kdcache.build.task import certify
+from kdcache.build.task import certify_codes
 from kdcache.build.work import StoredTeacher
 from kdcache.codecs import Codec, codec_for, parameters_to
 from kdcache.documents import CacheDocument, CertificateDocument, PlanDocument
@@ -122,7 +122,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs) -> Pilot:
     on_device = parameters_to(parameters, logits.device)
     start = time.perf_counter()
     codes = codec.encode(logits, on_device)
-    certificate = certify(logits, codec.decode(codes, on_device))
+    certificate = certify_codes(codec, logits, codes, on_device)
     forecast = TeacherForecast(
         name=stored.name,
         num_pilot_rows=len(logits),

@@ -6,7 +6,7 @@ of the stored shard; nothing else counts, so a task may run twice, in two places
 
 from __future__ import annotations
 
-__all__ = ["Destination", "certify", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
+__all__ = ["Destination", "certify", "certify_codes", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.rows import RowMap
-from kdcache.codecs import LADDER, Codec, codec_for, error_range, measure, parameters_to
+from kdcache.codecs import LADDER, Codec, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.documents import CacheDocument, CertificateDocument, Record, TeacherDocument
 from kdcache.errors import CorruptCacheError
 from kdcache.store import CacheStore
@@ -34,6 +34,9 @@ MEASURED_ELEMENTS = 2**21
 
 ADOPTED_ERROR_FACTOR = 4.0
 """How much further from our logits another builder's unrecorded shard may be than our own, before it is refused."""
+
+ADOPTED_KL = 0.02
+"""What its mean KL may be beyond that, in nats, where a codec has no error range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +99,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
     codec = destination.codec
     parameters = parameters_to(destination.parameters, logits.device)
     codes = codec.encode(logits, parameters)
-    certificate = certify(logits, codec.decode(codes, parameters))
+    certificate = certify_codes(codec, logits, codes, parameters)
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
     if not published.created:
@@ -117,15 +120,36 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
     """Measure what coding changed: the error range of all rows, and KL at the ladder on all or evenly spread rows."""
-    num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
-    rows = torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
+    rows = _measured_rows(logits)
     divergences = measure(logits[rows], decoded[rows], LADDER)
+    return _certificate(divergences, max_error_range=float(error_range(logits, decoded).max()))
+
+
+def certify_codes(codec: Codec, logits: Tensor, codes: Tensor, parameters: Mapping[str, Tensor]) -> CertificateDocument:
+    """Measure what coding changed; for a codec that depends on the temperature as it decodes at each.
+
+    Such a codec does not keep every logit, and has no error range: its certificate holds what was measured alone.
+    """
+    if not codec.depends_on_temperature:
+        return certify(logits, codec.decode(codes, parameters))
+    rows = _measured_rows(logits)
+    chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
+    return _certificate(measure_codes(codec, logits[rows], chosen, parameters, LADDER), max_error_range=None)
+
+
+def _measured_rows(logits: Tensor) -> Tensor:
+    """Choose all rows, or evenly spread ones."""
+    num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
+    return torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
+
+
+def _certificate(divergences: Tensor, *, max_error_range: float | None) -> CertificateDocument:
     return CertificateDocument.make(
         temperatures=LADDER,
         mean_kl=tuple(divergences.mean(dim=0).tolist()),
         max_kl=tuple(divergences.amax(dim=0).tolist()),
-        num_measured_rows=num_measured,
-        max_error_range=float(error_range(logits, decoded).max()),
+        num_measured_rows=len(divergences),
+        max_error_range=max_error_range,
     )
 
 
@@ -137,18 +161,34 @@ def _certify_standing(
     standing = reader.read_shard(shard_index)[: len(ours)]
     if np.array_equal(standing, ours):
         return certificate
-    decoded = destination.codec.decode(torch.from_numpy(standing), destination.parameters)
-    theirs = certify(logits.cpu(), decoded)
-    logit_span = float(logits.max() - logits.min())
-    allowed = ADOPTED_ERROR_FACTOR * certificate.max_error_range + 0.02 * logit_span
-    if theirs.max_error_range > allowed:
+    codes = torch.from_numpy(standing)
+    theirs = certify_codes(destination.codec, logits.cpu(), codes, destination.parameters)
+    foreign = _foreign(theirs, certificate, logit_span=float(logits.max() - logits.min()))
+    if foreign:
         raise CorruptCacheError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
-            f"without a record, and its logits differ from the teacher's by up to {theirs.max_error_range:.3g} (ours: "
-            f"{certificate.max_error_range:.3g}). It was not written by this build. Nothing was changed; delete the "
+            f"without a record, and {foreign}. It was not written by this build. Nothing was changed; delete the "
             "shard's file and run the same command again"
         )
     return theirs
+
+
+def _foreign(theirs: CertificateDocument, ours: CertificateDocument, *, logit_span: float) -> str | None:
+    """Say how another run's shard differs from the teacher, where it differs more than other hardware makes it."""
+    if theirs.max_error_range is not None and ours.max_error_range is not None:
+        if theirs.max_error_range <= ADOPTED_ERROR_FACTOR * ours.max_error_range + 0.02 * logit_span:
+            return None
+        return (
+            f"its logits differ from the teacher's by up to {theirs.max_error_range:.3g} "
+            f"(ours: {ours.max_error_range:.3g})"
+        )
+    for temperature, found, own in zip(theirs.temperatures, theirs.mean_kl, ours.mean_kl, strict=True):
+        if found > ADOPTED_ERROR_FACTOR * own + ADOPTED_KL:
+            return (
+                f"its soft targets differ from the teacher's by {found:.3g} nats on average at temperature "
+                f"{temperature:g} (ours: {own:.3g})"
+            )
+    return None
 
 
 def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:

@@ -119,8 +119,8 @@ def info(
             f"{item.temperature:g}",
             "-" if item.mean_kl is None else f"{item.mean_kl:.2g}",
             "-" if item.max_kl is None else f"{item.max_kl:.2g}",
-            f"{item.kl_bound:.2g}",
-            f"{item.total_variation_bound:.2g}",
+            "-" if item.kl_bound is None else f"{item.kl_bound:.2g}",
+            "-" if item.total_variation_bound is None else f"{item.total_variation_bound:.2g}",
         )
     console.print(table)
 

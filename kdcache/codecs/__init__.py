@@ -14,10 +14,12 @@ __all__ = [
     "CodesCodec",
     "Decoder",
     "LosslessCodec",
+    "TopKCodec",
     "codec_for",
     "error_range",
     "kl_bound",
     "measure",
+    "measure_codes",
     "parameters_to",
     "total_variation_bound",
 ]
@@ -25,8 +27,10 @@ __all__ = [
 from kdcache.codecs.base import Codec, Decoder, parameters_to
 from kdcache.codecs.certificate import LADDER, error_range, kl_bound, measure, total_variation_bound
 from kdcache.codecs.codes import CodesCodec
+from kdcache.codecs.fidelity import measure_codes
 from kdcache.codecs.lossless import LosslessCodec
-from kdcache.documents.codec_specs import CodecSpec, Lossless
+from kdcache.codecs.topk import TopKCodec
+from kdcache.documents.codec_specs import CodecSpec, Lossless, TopK
 
 
 def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
@@ -34,7 +38,7 @@ def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
 
     Parameters
     ----------
-    spec : Lossless or Codes
+    spec : Lossless, Codes or TopK
         The kind of codec and its options.
     num_classes : int
         Classes of the teacher, at least 1.
@@ -64,4 +68,6 @@ def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
     """
     if isinstance(spec, Lossless):
         return LosslessCodec(spec, num_classes)
+    if isinstance(spec, TopK):
+        return TopKCodec(spec, num_classes)
     return CodesCodec(spec, num_classes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Shaped
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from kdcache.codecs.base import (
@@ -353,6 +353,21 @@ class TopKCodec:
         else:
             logits = _shaped(kept, parameters["class_means"], log_tail - log_partition, temperature)
         return logits.scatter_(1, kept.classes, kept.values(-temperature * log_partition))
+
+    def head(
+        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor], *, temperature: float = 1.0
+    ) -> tuple[Int64[Tensor, "row place"], Float64[Tensor, "row part"]]:
+        """Give the kept classes [row, place], and the log-probabilities of each and, as the last part, of all others.
+
+        A row with fewer than k classes repeats one in its empty places, whose log-probability is -inf. Parameters and
+        errors are those of `decode`.
+        """
+        check_codes(codes, self)
+        beta = 1 / checked_temperature(temperature)
+        fields = self.columns.unpack(codes)
+        kept = self._kept(fields, parameters)
+        parts = torch.cat([-beta * kept.gaps, self._log_tail(fields, kept, parameters, beta)[:, None]], dim=1)
+        return kept.classes, torch.log_softmax(parts, dim=1)
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the fill code in any column."""

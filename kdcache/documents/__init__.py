@@ -36,6 +36,7 @@ __all__ = [
     "StudentSweep",
     "TeacherDocument",
     "TeacherSource",
+    "TopK",
     "View",
     "completed_teacher",
     "differences",
@@ -47,7 +48,7 @@ from typing import Any
 
 from kdcache.documents.base import GIVEN, Document, differences
 from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
-from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless
+from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, TopK
 from kdcache.documents.completion import completed_teacher, digest_of_digests
 from kdcache.documents.job import (
     BuildOptions,

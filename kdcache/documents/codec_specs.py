@@ -53,7 +53,8 @@ class TopK(Document):
     k: int = Field(default=16, ge=1, le=4096)
     """Classes that are kept one by one."""
     tail: Literal["class-means", "samples"] = "class-means"
-    """How probability is shared out among the other classes."""
+    """How probability is shared out among the other classes. `class-means` wants the same classes masked in every row;
+    `samples` takes any masks."""
     step: float = Field(default=0.125, ge=2**-6, le=1)
     """Spacing, in logits, of the codes of the largest kept classes; it widens further below the row's maximum."""
     num_nodes: int = Field(default=12, ge=2, le=24)
@@ -66,4 +67,4 @@ class TopK(Document):
     """For tail `samples`: with a row's own logits, it decides what is drawn."""
 
 
-CodecSpec = Annotated[Lossless | Codes, Field(discriminator="kind")]
+CodecSpec = Annotated[Lossless | Codes | TopK, Field(discriminator="kind")]

@@ -40,6 +40,7 @@ def digest_of_digests(digests: Iterable[str]) -> str:
 def _sum_up(certificates: Sequence[CertificateDocument]) -> CertificateDocument:
     count = sum(certificate.num_measured_rows for certificate in certificates)
     temperatures = certificates[0].temperatures
+    ranges = [item.max_error_range for item in certificates if item.max_error_range is not None]
     return CertificateDocument.make(
         temperatures=temperatures,
         mean_kl=tuple(
@@ -50,5 +51,5 @@ def _sum_up(certificates: Sequence[CertificateDocument]) -> CertificateDocument:
             max(certificate.max_kl[index] for certificate in certificates) for index in range(len(temperatures))
         ),
         num_measured_rows=count,
-        max_error_range=max(certificate.max_error_range for certificate in certificates),
+        max_error_range=max(ranges) if len(ranges) == len(certificates) else None,
     )

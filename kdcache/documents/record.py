@@ -15,7 +15,10 @@ Nats = Annotated[float, Field(ge=0)]
 
 
 class CertificateDocument(Document):
-    """Fidelity measured on real rows while they were encoded; KL is KL(teacher || decoded), in nats."""
+    """Fidelity measured on real rows while they were encoded; KL is KL(teacher || decoded), in nats.
+
+    For codec `topk` with tail `samples`, KL is of the kept classes and of all others as one class.
+    """
 
     title: ClassVar[str] = "certificate"
 
@@ -26,8 +29,9 @@ class CertificateDocument(Document):
     """Largest over the measured rows, at each temperature."""
     num_measured_rows: Annotated[int, Field(ge=1)]
     """Rows whose KL was measured."""
-    max_error_range: Nats
-    """Largest spread over classes of (decoded - true logit) over ALL rows, in logits; bounds every row's KL."""
+    max_error_range: Nats | None = None
+    """Largest spread over classes of (decoded - true logit) over ALL rows, in logits; bounds every row's KL. Absent for
+    codecs that do not keep every logit: only what was measured is known of them."""
 
     @model_validator(mode="after")
     def _check(self) -> CertificateDocument:

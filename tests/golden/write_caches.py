@@ -20,6 +20,8 @@ CODECS = {
     "lossless-bfloat16": kdcache.Lossless(dtype="bfloat16"),
     "codes-uint8": kdcache.Codes(),
     "codes-uint16-uniform": kdcache.Codes(dtype="uint16", spacing="uniform"),
+    "topk-class-means": kdcache.TopK(k=2),
+    "topk-samples": kdcache.TopK(k=2, tail="samples", num_samples=2),
 }
 
 
