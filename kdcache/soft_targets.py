@@ -25,23 +25,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kdcache.codecs.base import Decoder, check_codes, checked_temperature
 from kdcache.errors import MergedCacheError, OptionError, ShapeError, UnknownTeacherError
+from kdcache.row_selection import RowIndex, row_positions, select_rows
 
 Mean = Literal["geometric", "arithmetic", "tempered-arithmetic"]
 """Name of a mean over teachers."""
 
 MEANS: tuple[Mean, ...] = get_args(Mean)
 """All names of means."""
-
-RowIndex = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.integer] | npt.NDArray[np.bool_] | Tensor
-"""What selects rows of a batch."""
 
 
 def soften(logits: Float[Tensor, "*batch class"], temperature: float | Tensor) -> Float[Tensor, "*batch class"]:
@@ -284,13 +280,13 @@ class SoftTargets:
         ShapeError
             There is no such row, a mask has another length than the batch, or the index is no index of rows.
         """
-        chosen = index if isinstance(index, slice) else _positions(index, len(self)).to(self.device)
+        chosen = index if isinstance(index, slice) else row_positions(index, len(self)).to(self.device)
         return SoftTargets(
-            tuple(_select(codes, chosen) for codes in self.codes),
+            tuple(select_rows(codes, chosen) for codes in self.codes),
             self.decoders,
             self.teacher_names,
             self.merge,
-            None if self.available is None else _select(self.available, chosen),
+            None if self.available is None else select_rows(self.available, chosen),
         )
 
     @property
@@ -526,50 +522,3 @@ def _weights_by_name(weights: Mapping[str, float], names: tuple[str, ...], known
             "Name exactly the selected teachers; a weight may be 0."
         )
     return [weights[name] for name in names]
-
-
-def _positions(index: object, num_rows: int) -> Tensor:
-    """Turn whatever selects rows, but a slice, into row numbers from 0: int64 [index]."""
-    given = _index_tensor(index)
-    if given.dtype == torch.bool:
-        if given.shape != (num_rows,):
-            raise ShapeError(f"A mask of {num_rows} rows must have the shape ({num_rows},), got {tuple(given.shape)}.")
-        return given.nonzero()[:, 0]
-    given = given.to(torch.int64)
-    if given.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a check would wait for the device
-        _check_range(given, num_rows)
-    return torch.where(given < 0, given + num_rows, given)
-
-
-def _index_tensor(index: object) -> Tensor:
-    try:
-        given = index if isinstance(index, Tensor) else torch.from_numpy(np.array(index))
-    except (TypeError, ValueError) as error:
-        raise ShapeError(_no_index(index)) from error
-    if given.numel() == 0 and given.dtype != torch.bool and given.ndim == 1:
-        return given.to(torch.int64)  # an empty list has a floating-point type
-    is_number = given.ndim == 0 and given.dtype != torch.bool
-    if given.is_floating_point() or given.is_complex() or not (is_number or given.ndim == 1):
-        raise ShapeError(_no_index(index))
-    return given.reshape(1) if is_number else given
-
-
-def _no_index(index: object) -> str:
-    return (
-        "Rows are selected by an integer, a slice, a one-dimensional sequence of integers, or a mask of bool; "
-        f"got {index!r}."
-    )
-
-
-def _check_range(positions: Tensor, num_rows: int) -> None:
-    outside = positions[(positions < -num_rows) | (positions >= num_rows)]
-    if len(outside):
-        raise ShapeError(f"There is no row {int(outside[0])}: the batch has {num_rows} rows.")
-
-
-def _select(values: Tensor, positions: slice | Tensor) -> Tensor:
-    if isinstance(positions, slice):
-        return values[positions]
-    if values.dtype == torch.uint16:  # not every device selects uint16
-        return values.view(torch.int16).index_select(0, positions).view(torch.uint16)
-    return values.index_select(0, positions)

@@ -532,7 +532,9 @@ def test_the_arithmetic_mean_of_sampled_weights_is_that_of_the_weights(samples, 
 
 @pytest.mark.parametrize("mean", ["geometric", "tempered-arithmetic"])
 def test_other_means_of_several_sampled_teachers_are_refused_with_a_remedy(samples, mean):
-    with pytest.raises(OptionError, match=rf"{mean} mean of 2 teachers .* right on average only.* Use mean='arithmetic'"):
+    with pytest.raises(
+        OptionError, match=rf"{mean} mean of 2 teachers .* right on average only.* Use mean='arithmetic'"
+    ):
         samples.log_probabilities(2.0, mean=mean)
 
 

@@ -27,7 +27,9 @@ def lumped_kl(codec, codes, parameters, temperature, k):
 
 def test_a_codec_that_serves_every_temperature_is_measured_on_its_logits():
     codec, codes, parameters = coded(Codes())
-    assert torch.equal(measure_codes(codec, LOGITS, codes, parameters), measure(LOGITS, codec.decode(codes, parameters)))
+    assert torch.equal(
+        measure_codes(codec, LOGITS, codes, parameters), measure(LOGITS, codec.decode(codes, parameters))
+    )
 
 
 def test_a_codec_that_depends_on_the_temperature_is_measured_as_it_decodes_there():
