@@ -10,9 +10,11 @@ __all__ = [
     "Codes",
     "DistillationLoss",
     "Lossless",
+    "RateTarget",
     "SoftTargetCache",
     "SoftTargetLoader",
     "SoftTargets",
+    "Spectral",
     "TopK",
     "TransferSet",
     "Views",
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from kdcache import errors
     from kdcache.build import build_cache, plan_cache
     from kdcache.cache import SoftTargetCache, open_cache
-    from kdcache.documents import Codes, Lossless, TopK
+    from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
     from kdcache.losses import DistillationLoss, distillation_loss
     from kdcache.soft_targets import SoftTargets
     from kdcache.stream import SoftTargetLoader
@@ -45,9 +47,11 @@ _HOMES = {
     "Codes": "documents",
     "DistillationLoss": "losses",
     "Lossless": "documents",
+    "RateTarget": "documents",
     "SoftTargetCache": "cache",
     "SoftTargetLoader": "stream",
     "SoftTargets": "soft_targets",
+    "Spectral": "documents",
     "TopK": "documents",
     "TransferSet": "transfer_set",
     "Views": "transfer_set",

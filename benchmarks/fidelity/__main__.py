@@ -27,13 +27,9 @@ def main(
     torch.set_num_threads(1)
     if not tables:
         run(teachers or TEACHERS, share=_QUICK_SHARE if quick else 1.0, live=not quick, results=results)
-    document = json.loads(results.read_text())
     console = Console(width=400, highlight=False, markup=False)
-    for teacher in dict.fromkeys(line["teacher"] for line in document["lines"]):
-        for table in (report.fidelity_table, report.l1_table):
-            console.print(f"\n{teacher}\n\n{table(document['lines'], teacher)}")
-    console.print(f"\ncosts\n\n{report.rates_table(document['lines'], document['forward_seconds'])}")
-    console.print(f"\nensemble\n\n{report.ensemble_table(document['ensemble'])}")
+    for name, table in report.all_tables(json.loads(results.read_text())).items():
+        console.print(f"\n{name}\n\n{table}")
 
 
 if __name__ == "__main__":

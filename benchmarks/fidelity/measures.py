@@ -11,6 +11,7 @@ __all__ = ["FLOOR", "TEMPERATURES", "Contestant", "Fidelity", "Tally", "compare"
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final, Protocol
 
 import torch
@@ -64,7 +65,8 @@ class Fidelity:
     l1_mean, l1_max : float
         Sum of absolute differences, 0 to 2 where both sum to 1.
     bias_l1 : float
-        L1 between the means over rows of what is stored and of the teacher's: what averaging does not take away.
+        L1 between the means over rows of what is stored and of the teacher's, in classes binned by their rank in the
+        teacher's row (1, 2 to 4, 5 to 16, 17 to 64, ...): misplaced probability that averaging does not take away.
     """
 
     temperature: float
@@ -93,7 +95,7 @@ class Tally:
         stored = log_stored.exp()
         difference = stored - truth.probabilities
         self.l1.append(difference.abs().sum(dim=1))
-        self.difference = self.difference + difference.sum(dim=0)
+        self.difference = self.difference + _by_rank(difference.gather(1, truth.order)).sum(dim=0)
         infinite = ((stored <= 0) & (truth.probabilities > 0)).any(dim=1)
         self.infinite.append(infinite.double())
         if bool(infinite.any()):
@@ -124,12 +126,16 @@ class _Truth:
 
     logs: Float64[Tensor, "row class"]
     probabilities: Float64[Tensor, "row class"]
-    head: Int[Tensor, "row place"]
+    order: Int[Tensor, "row rank"]
 
     @classmethod
-    def of(cls, logs: Float64[Tensor, "row class"]) -> _Truth:
-        num_head = min(_NUM_HEAD_CLASSES, logs.shape[1] // 2)
-        return cls(logs, logs.exp(), logs.topk(num_head, dim=1).indices)
+    def of(cls, logits: Float64[Tensor, "row class"], temperature: float, order: Int[Tensor, "row rank"]) -> _Truth:
+        logs = (logits / temperature).log_softmax(dim=1)
+        return cls(logs, logs.exp(), order)
+
+    @property
+    def head(self) -> Int[Tensor, "row rank"]:
+        return self.order[:, : min(_NUM_HEAD_CLASSES, self.order.shape[1] // 2)]
 
 
 def compare(
@@ -157,8 +163,9 @@ def compare(
     tallies = [[Tally() for _ in ladder] for _ in contestants]
     for rows in _blocks(*logits.shape):
         wide = logits[rows].double()
+        order = wide.argsort(dim=1, descending=True)
         for place, temperature in enumerate(ladder):
-            truth = _Truth.of((wide / temperature).log_softmax(dim=1))
+            truth = _Truth.of(wide, temperature, order)
             for contestant, own, tally in zip(contestants, kept, tallies, strict=True):
                 block = {name: values[rows] for name, values in own.items()}
                 tally[place].add(truth, contestant.log_soft_targets(block, temperature))
@@ -177,6 +184,14 @@ def _head_divergence(truth: _Truth, log_stored: Float64[Tensor, "row class"]) ->
     rest = (1 - probabilities.sum(dim=1)).clamp(min=1e-15)
     stored_rest = (1 - stored.exp().sum(dim=1)).clamp(min=1e-15)
     return (probabilities * (logs - stored)).sum(dim=1) + rest * (rest / stored_rest).log()
+
+
+def _by_rank(ranked: Float64[Tensor, "row rank"]) -> Float64[Tensor, "row bin"]:
+    """Sum over bins of ranks, each reaching four times as far as the one before."""
+    edges = [0, 1]
+    while edges[-1] < ranked.shape[1]:
+        edges.append(4 * edges[-1])
+    return torch.stack([ranked[:, low:high].sum(dim=1) for low, high in pairwise(edges)], dim=1)
 
 
 def _blocks(num_rows: int, num_classes: int) -> Iterator[slice]:

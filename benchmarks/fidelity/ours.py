@@ -68,7 +68,6 @@ class Ours:
             kdcache.TransferSet.from_arrays(rows),
             {_TEACHER: _Replay(pilot)},
             codec=spec,
-            num_pilot_rows=len(pilot),
             device="cpu",
             **options,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "ensemble_table", "fidelity_table", "l1_table", "rates_table"]
+__all__ = ["all_tables", "draw", "ensemble_table", "fidelity_table", "filled", "l1_table", "rates_table"]
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +15,53 @@ _TITLES: Final = {
     "efficientnet-lite0": "EfficientNet-Lite0, 1,000 classes",
     "ppocr": "PP-OCRv6, 18,710 classes",
 }
-_COLOURS: Final = ("#0072B2", "#56B4E9", "#009E73", "#333333", "#D55E00", "#E69F00", "#CC79A7", "#999999")
-_MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+_STYLES: Final = {  # colours that the colour-blind can tell apart (Okabe and Ito 2008), and markers
+    "kdcache spectral": ("#0072B2", "o"),
+    "kdcache topk, class means": ("#56B4E9", "s"),
+    "kdcache topk, samples": ("#56B4E9", "d"),
+    "kdcache codes": ("#009E73", "^"),
+    "DistillKit, leftover^(1/T)": ("#D55E00", "v"),
+    "DistillKit, renormalised": ("#E69F00", "v"),
+    "TinyViT": ("#CC79A7", "X"),
+    "ml-dr": ("#333333", "D"),
+    "random sampling at T=1": ("#999999", "<"),
+    "random sampling at T=2": ("#999999", ">"),
+}
+_MOSTLY: Final = 0.5  # of the rows infinite: marked
+_TICKS: Final = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _SHOWN: Final = ("1", "1.5", "2", "4", "10", "20")
+_BIAS_SHOWN: Final = ("1", "2", "4", "20")
 
 Line = Mapping[str, Any]
+
+
+def all_tables(document: Mapping[str, Any]) -> dict[str, str]:
+    """Give every table of a results file, in Markdown, by name."""
+    lines = document["lines"]
+    tables = {}
+    for teacher in dict.fromkeys(line["teacher"] for line in lines):
+        tables[f"{teacher} KL"] = fidelity_table(lines, teacher)
+        tables[f"{teacher} L1"] = l1_table(lines, teacher)
+    tables["costs"] = rates_table(lines, document["forward_seconds"])
+    if document["ensemble"]:
+        tables["ensemble"] = ensemble_table(document["ensemble"])
+    return tables
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """Put tables into a page, each between ``<!-- table NAME -->`` and ``<!-- end -->``.
+
+    Examples
+    --------
+    >>> filled("<!-- table a --> old <!-- end -->", {"a": "new"}).split()
+    ['<!--', 'table', 'a', '-->', 'new', '<!--', 'end', '-->']
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- table {name} -->\n{tables[name]}\n<!-- end -->" if name in tables else match[0]
+
+    return re.sub(r"<!-- table (?P<name>[^>]*?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def fidelity_table(lines: Sequence[Line], teacher: str) -> str:
@@ -25,7 +69,7 @@ def fidelity_table(lines: Sequence[Line], teacher: str) -> str:
     header = ["kept by", "set to", "bytes a row", *(f"T={at}" for at in _SHOWN), "worst row"]
     rows = []
     for line in _of(lines, teacher):
-        infinite = max(one["infinite_rows"] for one in line["fidelity"].values()) >= 0.5
+        infinite = max(one["infinite_rows"] for one in line["fidelity"].values()) >= _MOSTLY
         mark = " *" if infinite else ""
         figures = [f"{_short(line['fidelity'][at]['kl_mean'])}{mark}" for at in _SHOWN]
         worst = max(line["fidelity"][at]["kl_max"] for at in _SHOWN)
@@ -35,15 +79,21 @@ def fidelity_table(lines: Sequence[Line], teacher: str) -> str:
 
 
 def l1_table(lines: Sequence[Line], teacher: str) -> str:
-    """Give the table of L1: the mean over rows, and after the mean over rows was taken of the targets."""
-    header = ["kept by", "set to", "bytes a row", *(f"T={at}" for at in _SHOWN), "bias T=1", "bias T=2"]
+    """Give the table of L1 as the mean over rows, and the bias."""
+    header = [
+        "kept by",
+        "set to",
+        "bytes a row",
+        *(f"T={at}" for at in _SHOWN),
+        *(f"bias T={at}" for at in _BIAS_SHOWN),
+    ]
     rows = [
         [
             f"**{line['family']}**" if line["is_ours"] else line["family"],
             line["setting"],
             f"{line['row_bytes']:.0f}",
             *(_short(line["fidelity"][at]["l1_mean"]) for at in _SHOWN),
-            *(_short(line["fidelity"][at]["bias_l1"]) for at in ("1", "2")),
+            *(_short(line["fidelity"][at]["bias_l1"]) for at in _BIAS_SHOWN),
         ]
         for line in _of(lines, teacher)
         if line["is_default"]
@@ -60,7 +110,7 @@ def rates_table(lines: Sequence[Line], forward_seconds: Mapping[str, float]) -> 
         if not line["is_default"]:
             continue
         seconds = forward_seconds.get(line["teacher"])
-        share = f"{1 / line['encode_rows_per_second'] / seconds:.1%}" if seconds else ""
+        share = f"{1 / line['encode_rows_per_second'] / seconds:.2%}" if seconds else ""
         rows.append(
             [
                 line["teacher"], line["family"], line["setting"], f"{line['encode_rows_per_second']:,.0f}",
@@ -96,22 +146,31 @@ def draw(lines: Sequence[Line], path: Path) -> tuple[Path, ...]:
 
     mpl.rcParams["svg.hashsalt"] = "kdcache"
     teachers = [name for name in _TITLES if any(line["teacher"] == name for line in lines)]
-    families = list(dict.fromkeys(line["family"] for line in lines))
+    families = [name for name in _STYLES if any(line["family"] == name for line in lines)]
     figure, grid = plt.subplots(
         len(teachers), len(_SHOWN), figsize=(15, 3.3 * len(teachers) + 0.8), sharey="row", sharex="row", squeeze=False
     )
     for row, teacher in zip(grid, teachers, strict=True):
         for axes, at in zip(row, _SHOWN, strict=True):
-            for number, family in enumerate(families):
-                _draw_family(axes, [one for one in _of(lines, teacher) if one["family"] == family], at, number)
+            for family in families:
+                _draw_family(axes, [one for one in _of(lines, teacher) if one["family"] == family], at)
             axes.set(xscale="log", yscale="log", title=f"T = {at}")
             axes.grid(visible=True, which="major", color="#E5E5E5", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
+            left, right = axes.get_xlim()
+            axes.set_xticks([tick for tick in _TICKS if left <= tick <= right], minor=False)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.minorticks_off()
         row[0].set_ylabel(f"{_TITLES[teacher]}\nmean KL, nats", fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("bytes a row")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
+    drawn: dict[str, Any] = {}
+    for axes in grid.flat:
+        drawn = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) | drawn
+    figure.legend(
+        [drawn[name] for name in families if name in drawn], [name for name in families if name in drawn],
+        loc="upper center", ncols=5, frameon=False,
+    )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.7 / figure.get_figheight()))
     path.parent.mkdir(parents=True, exist_ok=True)
     written = (path.with_suffix(".png"), path.with_suffix(".svg"))
@@ -121,19 +180,17 @@ def draw(lines: Sequence[Line], path: Path) -> tuple[Path, ...]:
     return written
 
 
-def _draw_family(axes: Any, lines: Sequence[Line], at: str, number: int) -> None:
-    points = sorted(
-        (line["row_bytes"], line["fidelity"][at]["kl_mean"], line["fidelity"][at]["infinite_rows"]) for line in lines
-    )
-    points = [point for point in points if point[1] > 0]
-    colour = _COLOURS[number % len(_COLOURS)]
-    is_hollow = any(infinite >= 0.5 for _, _, infinite in points)
-    ours = bool(lines) and lines[0]["is_ours"]
+def _draw_family(axes: Any, lines: Sequence[Line], at: str) -> None:
+    points = [(line["row_bytes"], line["fidelity"][at]) for line in sorted(lines, key=itemgetter("row_bytes"))]
+    if not points:
+        return
+    colour, marker = _STYLES[lines[0]["family"]]
+    ours = lines[0]["is_ours"]
+    is_hollow = any(figures["infinite_rows"] >= _MOSTLY for _, figures in points)
     axes.plot(
-        [point[0] for point in points], [point[1] for point in points], color=colour,
-        marker=_MARKERS[number % len(_MARKERS)], markersize=6 if ours else 5, linewidth=1.8 if ours else 0.9,
-        markerfacecolor="white" if is_hollow else colour, linestyle="-" if ours else "--",
-        label=lines[0]["family"] if lines else f"_{number}", zorder=3 if ours else 2,
+        [row_bytes for row_bytes, _ in points], [figures["kl_mean"] for _, figures in points], color=colour,
+        marker=marker, markersize=6, linewidth=1.8 if ours else 0.9, linestyle="-" if ours else "--",
+        markerfacecolor="white" if is_hollow else colour, label=lines[0]["family"], zorder=3 if ours else 2,
     )  # fmt: skip
 
 

@@ -19,13 +19,14 @@ from benchmarks.fidelity.ensemble import MEMBERS, compare_ensemble
 from benchmarks.fidelity.lineup import our_entries, peer_entries
 from benchmarks.fidelity.measures import compare
 from benchmarks.fidelity.rates import rates
-from benchmarks.fidelity.report import draw
+from benchmarks.fidelity.report import all_tables, draw, filled
 from benchmarks.fidelity.subjects import forward_seconds, open_subject
 
 TEACHERS: Final = ("smollm2", "efficientnet-lite0", "ppocr")
 DOCS: Final = Path(__file__).parents[2] / "docs"
 RESULTS: Final = DOCS / "results" / "fidelity.json"
 PICTURE: Final = DOCS / "images" / "fidelity"
+PAGE: Final = DOCS / "fidelity.md"
 
 
 def run(
@@ -84,10 +85,14 @@ def compare_teacher(name: str, folder: Path, *, share: float = 1.0) -> list[dict
 
 
 def write(document: dict[str, Any], results: Path) -> None:
-    """Write the figures as JSON and draw them."""
+    """Write the figures as JSON and draw them; the usual file's tables go into docs/fidelity.md too."""
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(_rounded(document), indent=1) + "\n")
-    draw(document["lines"], PICTURE if results == RESULTS else results.with_suffix(""))
+    if results != RESULTS:
+        draw(document["lines"], results.with_suffix(""))
+        return
+    draw(document["lines"], PICTURE)
+    PAGE.write_text(filled(PAGE.read_text(), all_tables(document)))
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:

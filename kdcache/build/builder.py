@@ -17,8 +17,7 @@ from kdcache.build.task import remaining_shards
 from kdcache.build.teachers import Autocast
 from kdcache.build.work import StoredTeacher
 from kdcache.cache import SoftTargetCache, open_cache
-from kdcache.codecs import codec_for
-from kdcache.documents import CodecSpec, ExecutorSpec, InProcess, Record, TeacherDocument
+from kdcache.documents import ExecutorSpec, InProcess, PlannedCodec, Record, TeacherDocument
 from kdcache.store import ExampleTable
 from kdcache.transfer_set import TransferSet
 
@@ -47,7 +46,9 @@ def build_cache(
     transfer_set: TransferSet,
     teachers: Teachers,
     *,
-    codec: CodecSpec | None = None,
+    codec: PlannedCodec | None = None,
+    max_kl: float | None = None,
+    bytes_per_row: float | None = None,
     num_classes: int | None = None,
     merge: Merge = None,
     weights: Sequence[float] | None = None,
@@ -75,8 +76,12 @@ def build_cache(
         The examples.
     teachers : mapping of name to nn.Module, or sequence of Teacher
         The ensemble, in order.
-    codec : Lossless, Codes or TopK, default Codes()
+    codec : Lossless, Codes, Spectral or TopK, default Codes()
         How logits are stored.
+    max_kl : float, optional
+        In place of a codec: the smallest cache whose mean KL, in nats, is at most this at temperatures 1, 2 and 4.
+    bytes_per_row : float, optional
+        In place of a codec: the most faithful cache of at most so many bytes a row.
     num_classes : int, optional
         Classes; what the first teacher gives where absent.
     merge : "geometric", optional
@@ -88,7 +93,7 @@ def build_cache(
     batch_size : int, optional
         Examples a teacher sees at once, 256 where absent. Independent of shards; part of the plan.
     num_pilot_rows : int, optional
-        Rows on which the codec is fitted, 2,048 where absent.
+        Rows on which the codec is fitted; 2,048, or up to 4,096 for a basis, where absent.
     device : str
         Where teachers given as modules run; `auto` takes cuda where there is one.
     autocast : {"bfloat16", "float16"}, optional
@@ -129,7 +134,8 @@ def build_cache(
     torch.Size([1, 3])
     """
     options = PlanOptions(
-        codec=codec, num_classes=num_classes, merge=merge, weights=weights, shard_rows=shard_rows,
+        codec=codec, max_kl=max_kl, bytes_per_row=bytes_per_row, num_classes=num_classes,
+        merge=merge, weights=weights, shard_rows=shard_rows,
         chunk_rows=chunk_rows, batch_size=batch_size, num_pilot_rows=num_pilot_rows, device=device,
         autocast=autocast, num_workers=num_workers, add_teachers=add_teachers,
     )  # fmt: skip
@@ -225,13 +231,13 @@ def _publish_teacher(draft: Draft, stored: StoredTeacher, pilot: Pilot | None) -
         draft.store.publish_teacher(standing, draft.store.parameters(standing))
     if pilot is None:
         return
-    codec = codec_for(draft.plan.codec, draft.plan.cache.num_classes)
+    codec = pilot.codec
     document = TeacherDocument.make(
         name=stored.name,
         members=stored.members,
         weights=draft.plan.weights,
         num_classes=codec.num_classes,
-        codec=draft.plan.codec,
+        codec=codec.spec,
         num_columns=codec.num_columns,
         storage_dtype=codec.storage_dtype,
         parameters={},  # described by the store, from the arrays

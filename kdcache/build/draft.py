@@ -19,20 +19,34 @@ from kdcache.build.plan import Merge, extend_plan, make_plan, refuse_other_plan
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
 from kdcache.build.work import StoredTeacher, Work
-from kdcache.documents import MERGED_NAME, CodecSpec, Codes, Fingerprint, Lossless, PlanDocument, TopK
+from kdcache.documents import (
+    MERGED_NAME,
+    Codes,
+    Document,
+    Fingerprint,
+    Lossless,
+    PlanDocument,
+    PlannedCodec,
+    RateTarget,
+    Spectral,
+    TopK,
+)
 from kdcache.errors import CacheExistsError, JobError, OptionError, TransferSetError
 from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import TransferSet
 
 Teachers = Mapping[str, nn.Module | Teacher] | Sequence[Teacher]
 Address = str | os.PathLike[str]
+SPECS: tuple[type[Document], ...] = (Codes, Lossless, Spectral, TopK, RateTarget)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """How a cache is planned and its teachers are run; see `build_cache` for each."""
 
-    codec: CodecSpec | None = None
+    codec: PlannedCodec | None = None
+    max_kl: float | None = None
+    bytes_per_row: float | None = None
     num_classes: int | None = None
     merge: Merge = None
     weights: Sequence[float] | None = None
@@ -46,10 +60,17 @@ class PlanOptions:
     add_teachers: bool = False
 
     def __post_init__(self) -> None:
-        if self.codec is not None and not isinstance(self.codec, Lossless | Codes | TopK):
-            raise OptionError(
-                f"codec is {self.codec!r}; give kdcache.Codes(...), kdcache.TopK(...) or kdcache.Lossless(...)"
-            )
+        if self.codec is not None and not isinstance(self.codec, SPECS):
+            names = ", ".join(f"kdcache.{kind.__name__}(...)" for kind in SPECS)
+            raise OptionError(f"codec is {self.codec!r}; give {names}, or max_kl=, or bytes_per_row=")
+        given = [name for name in ("codec", "max_kl", "bytes_per_row") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(f"{' and '.join(given)} exclude each other: give one of them. Nothing was written")
+        if self.max_kl is not None or self.bytes_per_row is not None:
+            target = RateTarget.make(max_kl=_as_float(self.max_kl), bytes_per_row=_as_float(self.bytes_per_row))
+            object.__setattr__(self, "codec", target)
+            object.__setattr__(self, "max_kl", None)
+            object.__setattr__(self, "bytes_per_row", None)
         for name in ("num_classes", "shard_rows", "chunk_rows", "batch_size", "num_pilot_rows", "num_workers"):
             value = getattr(self, name)
             if value is not None:
@@ -131,6 +152,10 @@ def _is_complete(store: CacheStore, plan: PlanDocument) -> bool:
         expected.update(layout.record_key(name, shard) for shard in range(plan.cache.num_shards))
         expected.update(layout.shard_key(name, shard) for shard in range(plan.cache.num_shards))
     return expected <= standing and store.index_digest() == complete.index_digest
+
+
+def _as_float(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _as_count(name: str, value: int, *, least: int) -> int:

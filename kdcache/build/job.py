@@ -87,6 +87,8 @@ def _options(loaded: LoadedJob, executor: ExecutorSpec | Executor | None) -> dic
         "transfer_set": transfer_set,
         "teachers": teachers,
         "codec": job.cache.codec,
+        "max_kl": job.cache.max_kl,
+        "bytes_per_row": job.cache.bytes_per_row,
         "num_classes": job.cache.num_classes,
         "merge": job.cache.merge,
         "shard_rows": job.cache.shard_rows,

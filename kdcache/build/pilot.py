@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Forecast", "TeacherForecast", "pilot_batches", "run_pilot"]
+__all__ = ["Forecast", "RatePoint", "TeacherForecast", "pilot_batches", "run_pilot"]
 
 import time
 from collections.abc import Mapping
@@ -13,15 +13,35 @@ import torch
 from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, Inputs
+from kdcache.build.rate_control import Candidate, choose_codec
 from kdcache.build.rows import BatchKey, RowMap
-from kdcache.build.task import certify_codes
 from kdcache.build.work import StoredTeacher
-from kdcache.codecs import Codec, codec_for, parameters_to
-from kdcache.documents import CacheDocument, CertificateDocument, PlanDocument
-from kdcache.store.shards import ShardSpec, encode_shard
+from kdcache.codecs import Codec
+from kdcache.documents import CertificateDocument, CodecSpec, PlanDocument
 
 KEPT_PILOT_BYTES = 2**28
 """Pilot logits kept in memory, so that tasks in the same process need not compute them again."""
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """What one codec costs and keeps on held-out rows of a pilot.
+
+    Parameters
+    ----------
+    codec : codec spec
+    bytes_per_row : float
+        As stored, compressed, without the parameters.
+    parameter_bytes : int
+        Stored once a teacher.
+    certificate : CertificateDocument
+        Fidelity on the held-out rows.
+    """
+
+    codec: CodecSpec
+    bytes_per_row: float
+    parameter_bytes: int
+    certificate: CertificateDocument
 
 
 @dataclass(frozen=True)
@@ -31,21 +51,30 @@ class TeacherForecast:
     Parameters
     ----------
     name : str
+    codec : codec spec
+        As asked for, or as chosen; nothing in it is left open.
     num_pilot_rows : int
     bytes_per_row : float
-        As stored, compressed.
+        As stored, compressed, on held-out rows; without the parameters.
+    parameter_bytes : int
+        Of the codec's parameters, stored once.
     certificate : CertificateDocument
-        Fidelity on the pilot.
+        Fidelity on held-out rows of the pilot.
     inference_seconds_per_row, encode_seconds_per_row : float
         Measured in this process.
+    points : tuple of RatePoint
+        Every codec that was measured, the one chosen among them.
     """
 
     name: str
+    codec: CodecSpec
     num_pilot_rows: int
     bytes_per_row: float
+    parameter_bytes: int
     certificate: CertificateDocument
     inference_seconds_per_row: float
     encode_seconds_per_row: float
+    points: tuple[RatePoint, ...]
 
 
 @dataclass(frozen=True)
@@ -66,9 +95,9 @@ class Forecast:
 
     @property
     def num_bytes(self) -> float:
-        """Forecast size of all shards, in bytes."""
+        """Forecast size of all shards and parameters, in bytes."""
         rows = self.plan.cache.num_rows * self.plan.cache.num_views
-        return rows * sum(teacher.bytes_per_row for teacher in self.teachers)
+        return sum(rows * teacher.bytes_per_row + teacher.parameter_bytes for teacher in self.teachers)
 
     @property
     def seconds(self) -> float:
@@ -81,8 +110,9 @@ class Forecast:
 
 @dataclass(frozen=True, eq=False)
 class Pilot:
-    """A fitted teacher: parameters, forecast, and the logits that were computed."""
+    """A fitted teacher: codec and parameters, forecast, and the logits that were computed."""
 
+    codec: Codec
     parameters: dict[str, np.ndarray]
     forecast: TeacherForecast
     kept: Mapping[BatchKey, Tensor]
@@ -116,29 +146,24 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs) -> Pilot:
             pieces.append(next(stream))
             if index or len(keys) == 1:
                 inference_seconds += time.perf_counter() - start
-    logits = torch.cat(pieces)
-    codec = codec_for(plan.codec, plan.cache.num_classes)
-    parameters = codec.fit(logits)
-    on_device = parameters_to(parameters, logits.device)
-    start = time.perf_counter()
-    codes = codec.encode(logits, on_device)
-    certificate = certify_codes(codec, logits, codes, on_device)
+    chosen, candidates = choose_codec(plan.codec, torch.cat(pieces), plan.cache)
+    num_pilot_rows = sum(map(len, pieces))
     forecast = TeacherForecast(
         name=stored.name,
-        num_pilot_rows=len(logits),
-        bytes_per_row=_stored_bytes(codes.cpu().numpy(), codec, plan.cache) / len(logits),
-        certificate=certificate,
-        inference_seconds_per_row=inference_seconds / max(1, len(logits) - (len(pieces[0]) if len(keys) > 1 else 0)),
-        encode_seconds_per_row=(time.perf_counter() - start) / len(logits),
+        codec=chosen.codec.spec,
+        num_pilot_rows=num_pilot_rows,
+        bytes_per_row=chosen.bytes_per_row,
+        parameter_bytes=chosen.parameter_bytes,
+        certificate=chosen.certificate,
+        inference_seconds_per_row=inference_seconds / max(1, num_pilot_rows - (len(pieces[0]) if len(keys) > 1 else 0)),
+        encode_seconds_per_row=chosen.encode_seconds_per_row,
+        points=tuple(_point(candidate) for candidate in candidates),
     )
-    return Pilot(parameters, forecast, _kept(keys, pieces))
+    return Pilot(chosen.codec, dict(chosen.parameters), forecast, _kept(keys, pieces))
 
 
-def _stored_bytes(codes: np.ndarray, codec: Codec, cache: CacheDocument) -> int:
-    chunk_rows = min(cache.chunk_rows, len(codes))
-    whole = len(codes) // chunk_rows * chunk_rows
-    spec = ShardSpec(whole, chunk_rows, codec.num_columns, codec.storage_dtype, codec.fill)
-    return len(encode_shard(codes[:whole], spec)) * len(codes) // whole
+def _point(candidate: Candidate) -> RatePoint:
+    return RatePoint(candidate.codec.spec, candidate.bytes_per_row, candidate.parameter_bytes, candidate.certificate)
 
 
 def _kept(keys: list[BatchKey], pieces: list[Tensor]) -> dict[BatchKey, Tensor]:

@@ -12,7 +12,16 @@ from typing import Any, Literal
 import numpy as np
 
 from kdcache.codecs import codec_for
-from kdcache.documents import CacheDocument, CodecSpec, Fingerprint, PlanDocument, View, differences
+from kdcache.documents import (
+    CacheDocument,
+    Fingerprint,
+    PlanDocument,
+    PlannedCodec,
+    RateTarget,
+    Spectral,
+    View,
+    differences,
+)
 from kdcache.errors import PlanMismatchError, ShapeError
 from kdcache.transfer_set import TransferSet
 
@@ -26,6 +35,13 @@ MAX_CHUNK_ROWS = 4096
 MIN_SHARDS = 8
 """A small cache is still cut into this many shards, so that a stopped build loses little."""
 NUM_PILOT_ROWS = 2048
+MAX_PILOT_ROWS = 4096
+"""Of a basis, where its teacher has up to MANY_CLASSES classes."""
+MANY_CLASSES = 16384
+USUAL_COMPONENTS = 1024
+"""Components of a basis that is still to be fitted, for the choice of a layout."""
+BASIS_CHUNK_ROWS = 256
+"""Codes of a basis are compressed component by component, which wants this many rows."""
 BATCH_SIZE = 256
 
 Merge = Literal["geometric"] | None
@@ -46,7 +62,12 @@ class Layout:
 
 
 def choose_layout(
-    codec: CodecSpec, *, num_classes: int, num_rows: int, shard_rows: int | None = None, chunk_rows: int | None = None
+    codec: PlannedCodec,
+    *,
+    num_classes: int,
+    num_rows: int,
+    shard_rows: int | None = None,
+    chunk_rows: int | None = None,
 ) -> Layout:
     """Choose rows a shard and rows a chunk from the size of a row; either can be given.
 
@@ -60,15 +81,15 @@ def choose_layout(
     for name, given in (("shard_rows", shard_rows), ("chunk_rows", chunk_rows)):
         if given is not None and given < 1:
             raise ShapeError(f"{name} is {given}; at least 1 is needed. Nothing was written")
-    made = codec_for(codec, num_classes)
-    row_bytes = made.num_columns * np.dtype(made.storage_dtype).itemsize
+    row_bytes = _row_bytes(codec, num_classes)
     few = _power_of_two_from(-(-num_rows // MIN_SHARDS))
     by_size = min(SHARD_BYTES // row_bytes, SHARD_LOGITS_BYTES // (4 * num_classes), 2**20)
     if shard_rows is None:
         shard_rows = min(_power_of_two_to(by_size), few)
         shard_rows = max(shard_rows, 1) if chunk_rows is None else -(-shard_rows // chunk_rows) * chunk_rows
     if chunk_rows is None:
-        chunk_rows = min(_power_of_two_to(CHUNK_BYTES // row_bytes), MAX_CHUNK_ROWS, shard_rows)
+        few_rows = BASIS_CHUNK_ROWS if _may_have_basis(codec) else 1
+        chunk_rows = min(max(_power_of_two_to(CHUNK_BYTES // row_bytes), few_rows), MAX_CHUNK_ROWS, shard_rows)
         while shard_rows % chunk_rows:
             chunk_rows -= 1
     return Layout(shard_rows, chunk_rows)
@@ -78,7 +99,7 @@ def make_plan(
     transfer_set: TransferSet,
     fingerprints: Sequence[Fingerprint],
     *,
-    codec: CodecSpec,
+    codec: PlannedCodec,
     num_classes: int,
     merge: Merge = None,
     weights: tuple[float, ...] | None = None,
@@ -121,7 +142,7 @@ def make_plan(
         weights=weights,
         codec=codec,
         batch_size=BATCH_SIZE if batch_size is None else batch_size,
-        num_pilot_rows=min(NUM_PILOT_ROWS if num_pilot_rows is None else num_pilot_rows, num_rows),
+        num_pilot_rows=min(_pilot_rows(codec, num_classes) if num_pilot_rows is None else num_pilot_rows, num_rows),
     )
 
 
@@ -205,6 +226,26 @@ def _advice(paths: list[str]) -> str:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _row_bytes(codec: PlannedCodec, num_classes: int) -> int:
+    """Count the raw bytes of a row; of a basis that is still to be fitted, about."""
+    if isinstance(codec, RateTarget) or (isinstance(codec, Spectral) and codec.rank is None):
+        return 2 * (min(num_classes, USUAL_COMPONENTS) + 1)
+    made = codec_for(codec, num_classes)
+    return made.num_columns * np.dtype(made.storage_dtype).itemsize
+
+
+def _may_have_basis(codec: PlannedCodec) -> bool:
+    return isinstance(codec, RateTarget | Spectral)
+
+
+def _pilot_rows(codec: PlannedCodec, num_classes: int) -> int:
+    """Choose the pilot's rows: a basis wants four times as many as it has components, where memory allows."""
+    if not _may_have_basis(codec):
+        return NUM_PILOT_ROWS
+    wanted = max(NUM_PILOT_ROWS, 4 * num_classes)
+    return min(wanted, MAX_PILOT_ROWS) if num_classes <= MANY_CLASSES else NUM_PILOT_ROWS * 9 // 8
 
 
 def _power_of_two_to(value: int) -> int:

@@ -11,7 +11,7 @@ __all__ = ["Destination", "certify", "certify_codes", "is_done", "publish_shard"
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.rows import RowMap
-from kdcache.codecs import LADDER, Codec, codec_for, error_range, measure, measure_codes, parameters_to
+from kdcache.codecs import LADDER, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.documents import CacheDocument, CertificateDocument, Record, TeacherDocument
 from kdcache.errors import CorruptCacheError
 from kdcache.store import CacheStore
@@ -46,14 +46,13 @@ class Destination:
     store: CacheStore
     cache: CacheDocument
     teacher: TeacherDocument
-    codec: Codec
-    parameters: Mapping[str, Tensor]
+    decoder: Decoder
 
     @classmethod
     def open(cls, store: CacheStore, cache: CacheDocument, teacher: TeacherDocument) -> Destination:
         """Read the codec's parameters and make the destination."""
-        parameters = parameters_to(store.parameters(teacher), "cpu")
-        return cls(store, cache, teacher, codec_for(teacher.codec, teacher.num_classes), parameters)
+        codec = codec_for(teacher.codec, teacher.num_classes)
+        return cls(store, cache, teacher, Decoder(codec, parameters_to(store.parameters(teacher), "cpu")))
 
 
 def run_tasks(
@@ -96,10 +95,9 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
     CorruptCacheError
         A shard without a record stands there that does not belong to this teacher.
     """
-    codec = destination.codec
-    parameters = parameters_to(destination.parameters, logits.device)
-    codes = codec.encode(logits, parameters)
-    certificate = certify_codes(codec, logits, codes, parameters)
+    decoder = destination.decoder.to(logits.device)
+    codes = decoder.encode(logits)
+    certificate = certify_codes(decoder, logits, codes)
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
     if not published.created:
@@ -125,16 +123,16 @@ def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
     return _certificate(divergences, max_error_range=float(error_range(logits, decoded).max()))
 
 
-def certify_codes(codec: Codec, logits: Tensor, codes: Tensor, parameters: Mapping[str, Tensor]) -> CertificateDocument:
+def certify_codes(decoder: Decoder, logits: Tensor, codes: Tensor) -> CertificateDocument:
     """Measure what coding changed; for a codec that depends on the temperature as it decodes at each.
 
     Such a codec does not keep every logit, and has no error range: its certificate holds what was measured alone.
     """
-    if not codec.depends_on_temperature:
-        return certify(logits, codec.decode(codes, parameters))
+    if not decoder.codec.depends_on_temperature:
+        return certify(logits, decoder.decode(codes))
     rows = _measured_rows(logits)
     chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
-    return _certificate(measure_codes(codec, logits[rows], chosen, parameters, LADDER), max_error_range=None)
+    return _certificate(measure_codes(decoder, logits[rows], chosen, LADDER), max_error_range=None)
 
 
 def _measured_rows(logits: Tensor) -> Tensor:
@@ -162,7 +160,7 @@ def _certify_standing(
     if np.array_equal(standing, ours):
         return certificate
     codes = torch.from_numpy(standing)
-    theirs = certify_codes(destination.codec, logits.cpu(), codes, destination.parameters)
+    theirs = certify_codes(destination.decoder, logits.cpu(), codes)
     foreign = _foreign(theirs, certificate, logit_span=float(logits.max() - logits.min()))
     if foreign:
         raise CorruptCacheError(

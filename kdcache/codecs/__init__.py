@@ -14,9 +14,11 @@ __all__ = [
     "CodesCodec",
     "Decoder",
     "LosslessCodec",
+    "SpectralCodec",
     "TopKCodec",
     "codec_for",
     "error_range",
+    "fitted_codec",
     "kl_bound",
     "measure",
     "measure_codes",
@@ -24,13 +26,20 @@ __all__ = [
     "total_variation_bound",
 ]
 
+from typing import Any
+
+import numpy.typing as npt
+from jaxtyping import Float
+from torch import Tensor
+
 from kdcache.codecs.base import Codec, Decoder, parameters_to
 from kdcache.codecs.certificate import LADDER, error_range, kl_bound, measure, total_variation_bound
 from kdcache.codecs.codes import CodesCodec
 from kdcache.codecs.fidelity import measure_codes
 from kdcache.codecs.lossless import LosslessCodec
+from kdcache.codecs.spectral import SpectralCodec
 from kdcache.codecs.topk import TopKCodec
-from kdcache.documents.codec_specs import CodecSpec, Lossless, TopK
+from kdcache.documents.codec_specs import CodecSpec, Lossless, Spectral, TopK
 
 
 def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
@@ -68,6 +77,37 @@ def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
     """
     if isinstance(spec, Lossless):
         return LosslessCodec(spec, num_classes)
+    if isinstance(spec, Spectral):
+        return SpectralCodec(spec, num_classes)
     if isinstance(spec, TopK):
         return TopKCodec(spec, num_classes)
     return CodesCodec(spec, num_classes)
+
+
+def fitted_codec(
+    spec: CodecSpec, num_classes: int, pilot: Float[Tensor, "row class"]
+) -> tuple[Codec, dict[str, npt.NDArray[Any]]]:
+    """Fit a codec to a pilot; where its shape depends on the pilot, its spec says afterwards what was found.
+
+    Parameters
+    ----------
+    spec : codec spec
+    num_classes : int
+    pilot : Tensor [row, class]
+
+    Returns
+    -------
+    Codec
+        Its `spec` is what a teacher's document keeps: equal to `spec` but for a rank that was left open.
+    dict of str to numpy.ndarray
+        The parameters.
+
+    Raises
+    ------
+    CodecError, NonFiniteLogitsError, ShapeError, WrongClassCountError
+        As of `Codec.fit`.
+    """
+    if isinstance(spec, Spectral):
+        return SpectralCodec.fitted(spec, num_classes, pilot)
+    codec = codec_for(spec, num_classes)
+    return codec, codec.fit(pilot)

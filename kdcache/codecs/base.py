@@ -106,6 +106,12 @@ class Codec(Protocol):
             A parameter is missing, surplus, or has another shape, dtype or value than this codec writes.
         """
 
+    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as `decode` works on them fastest; it takes them prepared or not."""
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as `encode` works on them fastest; it takes them prepared or not."""
+
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
     ) -> Shaped[Tensor, "row column"]:
@@ -162,16 +168,25 @@ class Decoder:
     codec: Codec
     parameters: Mapping[str, Tensor]
     _moved: dict[torch.device, Decoder] = field(default_factory=dict, init=False, repr=False)
+    _prepared: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _encoding: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.codec.check_parameters(self.parameters)
+        object.__setattr__(self, "_prepared", self.codec.prepare(self.parameters))
 
     def __reduce__(self) -> tuple[type[Decoder], tuple[Codec, dict[str, Tensor]]]:
         return type(self), (self.codec, dict(self.parameters))
 
     def decode(self, codes: Shaped[Tensor, "row column"], *, temperature: float = 1.0) -> Float[Tensor, "row class"]:
         """Decode codes into float32 logits, to be softened at `temperature`; see `Codec.decode`."""
-        return self.codec.decode(codes, self.parameters, temperature=temperature)
+        return self.codec.decode(codes, self._prepared, temperature=temperature)
+
+    def encode(self, logits: Float[Tensor, "row class"]) -> Shaped[Tensor, "row column"]:
+        """Encode logits with these parameters; see `Codec.encode`."""
+        if not self._encoding:
+            object.__setattr__(self, "_encoding", self.codec.prepare_to_encode(self.parameters))
+        return self.codec.encode(logits, self._encoding)
 
     def to(self, device: torch.device | str) -> Decoder:
         """Give this decoder with its parameters on `device`.
@@ -188,7 +203,9 @@ class Decoder:
     def _copy_on(self, device: torch.device) -> Decoder:
         # made without __init__: the parameters are checked already, and a check would wait for the device
         moved = object.__new__(Decoder)
-        values = {"codec": self.codec, "parameters": parameters_to(self.parameters, device), "_moved": {}}
+        parameters = parameters_to(self.parameters, device)
+        prepared = self.codec.prepare(parameters)
+        values = {"codec": self.codec, "parameters": parameters, "_moved": {}, "_prepared": prepared, "_encoding": {}}
         for name, value in values.items():
             object.__setattr__(moved, name, value)
         return moved

@@ -197,6 +197,14 @@ class CodesCodec:
                 "The stored codebook is not c (a + b c) of the stored coefficients: one of them is altered."
             )
 
+    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
     ) -> Shaped[Tensor, "row column"]:

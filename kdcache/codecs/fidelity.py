@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
-from kdcache.codecs.base import Codec
+from kdcache.codecs.base import Decoder
 from kdcache.codecs.certificate import LADDER, measure
 from kdcache.codecs.topk import TopKCodec
 
 
 def measure_codes(
-    codec: Codec,
+    decoder: Decoder,
     logits: Float[Tensor, "row class"],
     codes: Shaped[Tensor, "row column"],
-    parameters: Mapping[str, Tensor],
     temperatures: Sequence[float] = LADDER,
 ) -> Float64[Tensor, "row temperature"]:
     """Measure KL(teacher || decoded) of every row at every temperature, decoded at that temperature.
@@ -31,14 +30,12 @@ def measure_codes(
 
     Parameters
     ----------
-    codec : Codec
-        The codec that made the codes.
+    decoder : Decoder
+        Of the codec that made the codes, on their device.
     logits : Tensor [row, class]
         The teacher's logits.
     codes : Tensor [row, column]
         Their codes, on the same device.
-    parameters : Mapping[str, Tensor]
-        The codec's parameters, on the same device.
     temperatures : sequence of float, default `LADDER`
         Each finite, above 0.
 
@@ -60,15 +57,16 @@ def measure_codes(
     >>> from kdcache.documents.codec_specs import TopK
     >>> logits = torch.tensor([[4.0, 3.0, 0.0, -1.0, -2.0], [-2.0, 5.0, 2.0, -1.0, 0.0]])
     >>> codec = TopKCodec(TopK(k=2, tail="samples", num_samples=1), num_classes=5)
-    >>> parameters = parameters_to(codec.fit(logits), "cpu")
-    >>> bool((measure_codes(codec, logits, codec.encode(logits, parameters), parameters) < 1e-3).all())
+    >>> decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    >>> bool((measure_codes(decoder, logits, decoder.encode(logits)) < 1e-3).all())
     True
     """
+    codec, parameters = decoder.codec, decoder.parameters
     if not codec.depends_on_temperature:
-        return measure(logits, codec.decode(codes, parameters), temperatures)
+        return measure(logits, decoder.decode(codes), temperatures)
     if isinstance(codec, TopKCodec) and codec.is_normalised:
         return torch.stack([_head_divergence(codec, logits, codes, parameters, at) for at in temperatures], dim=1)
-    measured = [measure(logits, codec.decode(codes, parameters, temperature=at), [at]) for at in temperatures]
+    measured = [measure(logits, decoder.decode(codes, temperature=at), [at]) for at in temperatures]
     return torch.cat(measured, dim=1)
 
 

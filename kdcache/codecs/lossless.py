@@ -104,6 +104,14 @@ class LosslessCodec:
         if parameters:
             raise CodecError(f"The lossless codec has no parameters, got {sorted(parameters)}.")
 
+    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
     ) -> Shaped[Tensor, "row column"]:

@@ -32,7 +32,10 @@ __all__ = [
     "Optimizer",
     "Parameter",
     "PlanDocument",
+    "PlannedCodec",
+    "RateTarget",
     "Record",
+    "Spectral",
     "StudentSweep",
     "TeacherDocument",
     "TeacherSource",
@@ -48,7 +51,7 @@ from typing import Any
 
 from kdcache.documents.base import GIVEN, Document, differences
 from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
-from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, TopK
+from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, PlannedCodec, RateTarget, Spectral, TopK
 from kdcache.documents.completion import completed_teacher, digest_of_digests
 from kdcache.documents.job import (
     BuildOptions,

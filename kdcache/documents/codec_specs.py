@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["CodecSpec", "Codes", "Lossless", "TopK"]
+__all__ = ["CodecSpec", "Codes", "Lossless", "PlannedCodec", "RateTarget", "Spectral", "TopK"]
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdcache.documents.base import Document
 
@@ -40,6 +40,34 @@ class Codes(Document):
     """`companded` spaces levels finely near the maximum, where the probability is, and coarsely in the tail."""
 
 
+class Spectral(Document):
+    """Keep a row's coordinates along the axes in which soft targets feel a change, quantised with one step.
+
+    For many classes: a row costs about a third of a byte a hidden unit at a KL of 0.02, however many classes there are;
+    the basis, 2 bytes a class and component, is stored once.
+    """
+
+    title: ClassVar[str] = "codec spec"
+
+    kind: Literal["spectral"] = "spectral"
+    max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Target in nats, at temperatures 1, 2 and 4: held in the mean over rows, and twice of it by every row. 0.01 where
+    neither this nor `step` is given."""
+    step: Annotated[float, Field(gt=0)] | None = None
+    """A fixed step in place of a target; no row is guarded."""
+    rank: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Components at most; all that the pilot shows where absent. A teacher's document names the number found."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products that code and decode. bfloat16 is several times faster on most processors, and adds a KL
+    of 1e-4 to 1e-3 of its own, which the certificate contains."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Spectral:
+        if self.max_kl is not None and self.step is not None:
+            raise ValueError("max_kl and step exclude each other: the step follows from the target")
+        return self
+
+
 class TopK(Document):
     """Keep the largest logits one by one, and of all others their log-partition at every temperature and their shape.
 
@@ -67,4 +95,27 @@ class TopK(Document):
     """For tail `samples`: with a row's own logits, it decides what is drawn."""
 
 
-CodecSpec = Annotated[Lossless | Codes | TopK, Field(discriminator="kind")]
+class RateTarget(Document):
+    """Choose the codec by what it has to reach, measured on held-out rows of each teacher's pilot, not by a formula."""
+
+    title: ClassVar[str] = "rate target"
+
+    kind: Literal["rate-target"] = "rate-target"
+    max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The smallest cache whose mean KL is at most this, in nats, at temperatures 1, 2 and 4, and no row's above twice
+    of it."""
+    bytes_per_row: Annotated[float, Field(gt=0)] | None = None
+    """The most faithful cache of at most so many bytes a row, the codec's own parameters included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RateTarget:
+        if (self.max_kl is None) == (self.bytes_per_row is None):
+            raise ValueError("give one of max_kl and bytes_per_row")
+        return self
+
+
+CodecSpec = Annotated[Lossless | Codes | Spectral | TopK, Field(discriminator="kind")]
+"""How one teacher's logits are stored."""
+
+PlannedCodec = Annotated[Lossless | Codes | Spectral | TopK | RateTarget, Field(discriminator="kind")]
+"""A codec, or what a codec that is still to be chosen has to reach."""

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kdcache.documents.base import Document, ImportString, Name, Temperature
-from kdcache.documents.codec_specs import CodecSpec, Codes
+from kdcache.documents.codec_specs import CodecSpec
 
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, le=1)]
@@ -110,8 +110,12 @@ class CacheOptions(Document):
     """A folder, relative to the job file."""
     num_classes: Positive | None = None
     """Classes of every teacher; found by running the first teacher on one example where absent."""
-    codec: CodecSpec = Codes()
-    """How logits are stored; see below."""
+    codec: CodecSpec | None = None
+    """How logits are stored; see below. `codes` where nothing is said of codec, max_kl or bytes_per_row."""
+    max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
+    """In place of a codec: the smallest cache whose mean KL, in nats, is at most this at temperatures 1, 2 and 4."""
+    bytes_per_row: Annotated[float, Field(gt=0)] | None = None
+    """In place of a codec: the most faithful cache of at most so many bytes a row."""
     merge: Literal["geometric"] | None = None
     """`geometric` stores the mean of the members' logits alone."""
     shard_rows: Positive | None = None
@@ -119,7 +123,14 @@ class CacheOptions(Document):
     chunk_rows: Positive | None = None
     """Rows that are read and checked together; chosen where absent."""
     num_pilot_rows: Positive | None = None
-    """Rows on which the codec is fitted and size and time are forecast; 2,048 where absent."""
+    """Rows on which the codec is fitted and size and time are forecast; 2,048 to 4,096 where absent."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CacheOptions:
+        given = [name for name in ("codec", "max_kl", "bytes_per_row") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        return self
 
 
 class BuildOptions(Document):

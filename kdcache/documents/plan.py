@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from kdcache.documents.base import Digest, Document
 from kdcache.documents.cache import CacheDocument
-from kdcache.documents.codec_specs import CodecSpec
+from kdcache.documents.codec_specs import PlannedCodec
 from kdcache.documents.teacher import Fingerprint
 
 MERGED_NAME = "geometric-mean"
@@ -28,7 +28,8 @@ class PlanDocument(Document):
     """The ensemble, in order."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """Weights of a merged mean, summing to 1."""
-    codec: CodecSpec
+    codec: PlannedCodec
+    """How logits are stored, or what that has to reach; each teacher's document names the codec that it got."""
     batch_size: Annotated[int, Field(ge=1)]
     """Examples a teacher sees at once. Batches lie on a grid over the transfer set, so a row's logits never depend on
     which shards were still missing."""

@@ -52,6 +52,7 @@ class TeacherDocument(Document):
     """Weights of the members in a merged cache, summing to 1; equal where absent."""
     num_classes: Annotated[int, Field(ge=1)]
     codec: CodecSpec
+    """The codec as it was fitted: nothing in it is left open."""
     num_columns: Annotated[int, Field(ge=1)]
     """Stored columns a row."""
     storage_dtype: Literal["uint8", "uint16", "float16", "float32"]

@@ -41,12 +41,15 @@ _SHUFFLE_OF = {
 }
 # Logits and their codes repeat nothing: all the gain is in entropy coding, for which zstd's lowest level is the best
 # and the quickest. Bytes of one significance together, in blocks large enough for a zstd table each, beat
-# bits of one significance: docs/design/0002-inner-codec-chain.md has the figures.
+# bits of one significance: docs/design/0002-inner-codec-chain.md has the figures. Where columns differ in their
+# spread, as the components of the spectral codec do, each column's codes lie together, and of these the bits.
+_BY_COLUMN_CLEVEL = 5
+_BY_COLUMN_BLOCK_BYTES = 64 * 1024
 _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _BLOSC_HEADER_BYTES = 16
 _MAX_CHUNK_BYTES = 2**31 - 1 - _BLOSC_HEADER_BYTES
-_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE}
+_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class ShardSpec:
         Stored type, little-endian.
     fill : int or float
         The fill code, that of rows that do not exist.
+    by_column : bool, default False
+        Lay a chunk down column after column, for columns that differ in their spread.
 
     Raises
     ------
@@ -77,6 +82,7 @@ class ShardSpec:
     num_columns: int
     dtype: str
     fill: int | float
+    by_column: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _SHUFFLE_OF:
@@ -117,19 +123,33 @@ class ShardSpec:
         """The stored dtype."""
         return np.dtype(self.dtype).newbyteorder("<")
 
+    @property
+    def compression(self) -> tuple[int, str, int]:
+        """Level, shuffle and block bytes of a chunk's compression."""
+        if self.by_column:
+            return _BY_COLUMN_CLEVEL, "bitshuffle", _BY_COLUMN_BLOCK_BYTES
+        return _CLEVEL, _SHUFFLE_OF[self.dtype], _BLOCK_BYTES
+
     def codecs(self) -> list[dict[str, Any]]:
         """Describe the coding as the `codecs` of a Zarr v3 array."""
         checksum = {"name": "crc32c"}
+        level, shuffle, block_bytes = self.compression
         compression = {
             "cname": "zstd",
-            "clevel": _CLEVEL,
-            "shuffle": _SHUFFLE_OF[self.dtype],
+            "clevel": level,
+            "shuffle": shuffle,
             "typesize": np.dtype(self.dtype).itemsize,
-            "blocksize": _BLOCK_BYTES,
+            "blocksize": block_bytes,
         }
+        arrangement = [{"name": "transpose", "configuration": {"order": [1, 0]}}] if self.by_column else []
         sharding = {
             "chunk_shape": [self.chunk_rows, self.num_columns],
-            "codecs": [bytes_codec(self.dtype), {"name": "blosc", "configuration": compression}, checksum],
+            "codecs": [
+                *arrangement,
+                bytes_codec(self.dtype),
+                {"name": "blosc", "configuration": compression},
+                checksum,
+            ],
             "index_codecs": [bytes_codec("uint64"), checksum],
             "index_location": "end",
         }
@@ -254,11 +274,14 @@ def decode_chunk(
         raise place.corrupt(f"a chunk holds {decoded_bytes} bytes where the array's shape says {spec.chunk_bytes}")
     if out is None:
         out = np.empty((spec.chunk_rows, spec.num_columns), dtype=spec.little)
+    laid = np.empty((spec.num_columns, spec.chunk_rows), dtype=spec.little) if spec.by_column else out
     _one_thread()
     try:
-        blosc.decompress(body, out)
+        blosc.decompress(body, laid)
     except (RuntimeError, ValueError) as error:
         raise place.corrupt(f"a chunk cannot be decompressed ({error})") from error
+    if spec.by_column:
+        out[:] = laid.T
     return out
 
 
@@ -314,8 +337,9 @@ def _padded(rows: npt.NDArray[Any], spec: ShardSpec) -> npt.NDArray[Any]:
 
 def _encode_chunk(chunk: npt.NDArray[Any], spec: ShardSpec) -> bytes:
     _one_thread()
-    shuffle = _SHUFFLES[_SHUFFLE_OF[spec.dtype]]
-    body: bytes = blosc.compress(chunk, b"zstd", _CLEVEL, shuffle, _BLOCK_BYTES, chunk.itemsize)
+    level, shuffle, block_bytes = spec.compression
+    laid = np.ascontiguousarray(chunk.T) if spec.by_column else chunk
+    body: bytes = blosc.compress(laid, b"zstd", level, _SHUFFLES[shuffle], block_bytes, chunk.itemsize)
     return body + _checksum(body)
 
 

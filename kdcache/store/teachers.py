@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, Parameter, TeacherDocument, differences
+from kdcache.documents import CacheDocument, Parameter, Spectral, TeacherDocument, differences
 from kdcache.errors import CodecError, ShapeError
 from kdcache.store import arrays, layout
 from kdcache.store.files import CacheFiles
@@ -69,6 +69,7 @@ def shard_spec(teacher_document: TeacherDocument, cache_document: CacheDocument)
         teacher_document.num_columns,
         teacher_document.storage_dtype,
         _FILLS[teacher_document.storage_dtype],
+        by_column=isinstance(teacher_document.codec, Spectral),
     )
 
 

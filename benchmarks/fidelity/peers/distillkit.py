@@ -183,7 +183,7 @@ class DistillKit(Peer):
     def _fit(self, values: Float[Tensor, "row rank"]) -> Float[Tensor, "row term"]:
         terms = self._terms().double()
         scale = terms.amax(dim=0)
-        solution = torch.linalg.lstsq(terms / scale, values.double().T).solution / scale[:, None]
+        solution: Tensor = torch.linalg.lstsq(terms / scale, values.double().T).solution / scale[:, None]
         return solution.T.float().contiguous()
 
     def _curve(self, coefficients: Float[Tensor, "row term"]) -> Float[Tensor, "row rank"]:

@@ -9,7 +9,7 @@ from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
 from kdcache import Codes, Lossless, TopK, open_cache, verify_cache
 from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
-from kdcache.codecs import LADDER, codec_for, error_range, measure, measure_codes, parameters_to
+from kdcache.codecs import LADDER, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -85,18 +85,18 @@ def test_rows_that_lost_nothing_are_certified_to_have_lost_nothing(logits):
 @pytest.mark.parametrize("tail", ["class-means", "samples"])
 def test_a_codec_that_depends_on_the_temperature_is_certified_as_it_decodes_at_each(logits, tail):
     codec = codec_for(TopK(k=2, tail=tail), 5)
-    parameters = parameters_to(codec.fit(logits), "cpu")
-    codes = codec.encode(logits, parameters)
-    certificate = certify_codes(codec, logits, codes, parameters)
-    divergences = measure_codes(codec, logits, codes, parameters, LADDER)
+    decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    codes = decoder.encode(logits)
+    certificate = certify_codes(decoder, logits, codes)
+    divergences = measure_codes(decoder, logits, codes)
     assert certificate.mean_kl == pytest.approx(divergences.mean(0).tolist())
     assert certificate.max_kl == pytest.approx(divergences.amax(0).tolist())
 
 
 def test_a_codec_that_does_not_keep_every_logit_has_no_error_range(logits):
     codec = codec_for(TopK(k=2), 5)
-    parameters = parameters_to(codec.fit(logits), "cpu")
-    assert certify_codes(codec, logits, codec.encode(logits, parameters), parameters).max_error_range is None
+    decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    assert certify_codes(decoder, logits, decoder.encode(logits)).max_error_range is None
 
 
 # Publishing -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""Rate control: choose the codec from what was measured on held-out rows of the pilot."""
+
+from __future__ import annotations
+
+__all__ = ["Candidate", "choose_codec", "held_out_rows", "measure_codec"]
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from kdcache.build.task import certify_codes
+from kdcache.codecs import Codec, Decoder, SpectralCodec, fitted_codec, parameters_to
+from kdcache.documents import (
+    CacheDocument,
+    CertificateDocument,
+    CodecSpec,
+    Codes,
+    Lossless,
+    PlannedCodec,
+    RateTarget,
+    Spectral,
+)
+from kdcache.errors import CodecError
+from kdcache.store.shards import ShardSpec, encode_shard
+
+MAX_HELD_OUT_ROWS = 512
+_GUARD_FACTOR = 2.0
+_TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
+_STEP_ROUNDS = 8
+_MIN_ROWS_FOR_BASIS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A fitted codec and what it did to held-out rows.
+
+    Parameters
+    ----------
+    codec : Codec
+    parameters : dict of str to ndarray
+    bytes_per_row : float
+        Stored and compressed, parameters excluded.
+    parameter_bytes : int
+        Stored once a teacher.
+    certificate : CertificateDocument
+        Fidelity on the held-out rows.
+    encode_seconds_per_row : float
+        Encoding, decoding and measuring.
+    """
+
+    codec: Codec
+    parameters: Mapping[str, np.ndarray]
+    bytes_per_row: float
+    parameter_bytes: int
+    certificate: CertificateDocument
+    encode_seconds_per_row: float
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL over the held-out rows, the largest over temperatures 1, 2 and 4, in nats."""
+        return max(_at_target_temperatures(self.certificate, self.certificate.mean_kl))
+
+    @property
+    def max_kl(self) -> float:
+        """Largest KL of a held-out row at temperatures 1, 2 and 4, in nats."""
+        return max(_at_target_temperatures(self.certificate, self.certificate.max_kl))
+
+    def bytes_over(self, num_rows: int) -> float:
+        """Bytes a row with the parameters' bytes spread over so many rows."""
+        return self.bytes_per_row + self.parameter_bytes / num_rows
+
+
+def held_out_rows(logits: Tensor) -> Tensor:
+    """Give the pilot's last eighth, 512 rows at most, or all of a small pilot: rows no basis is fitted to."""
+    count = min(MAX_HELD_OUT_ROWS, len(logits) // 8)
+    return logits if len(logits) < _MIN_ROWS_FOR_BASIS else logits[-count:]
+
+
+def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) -> tuple[Candidate, list[Candidate]]:
+    """Fit the codec that was asked for, or the best of those that reach what was asked for.
+
+    Parameters
+    ----------
+    planned : codec spec or RateTarget
+    logits : Tensor [row, class]
+        The pilot.
+    cache : CacheDocument
+        Its classes, rows and chunks.
+
+    Returns
+    -------
+    Candidate
+        The choice. With `max_kl`: of those whose mean KL on held-out rows is at most the target at temperatures 1, 2
+        and 4 (and, of codecs without a guard, whose largest is), the one with the fewest bytes, parameters included.
+        With `bytes_per_row`: of those that keep within it, the one with the least mean KL.
+    list of Candidate
+        All that were measured, the choice among them.
+
+    Raises
+    ------
+    CodecError
+        The codec cannot hold the pilot, or no codec reaches the target; the message says what came nearest.
+    """
+    if not isinstance(planned, RateTarget):
+        codec, parameters = fitted_codec(planned, cache.num_classes, logits)
+        only = measure_codec(codec, parameters, logits, cache)
+        return only, [only]
+    num_rows = cache.num_rows * cache.num_views
+    found = list(_candidates(planned, logits, cache, num_rows))
+    if planned.max_kl is not None:
+        meeting = [item for item in found if _meets(item, planned.max_kl)]
+        if meeting:
+            return min(meeting, key=lambda item: item.bytes_over(num_rows)), found
+    elif planned.bytes_per_row is not None:
+        within = [item for item in found if item.bytes_over(num_rows) <= planned.bytes_per_row]
+        if within:
+            return min(within, key=lambda item: item.mean_kl), found
+    raise CodecError(_nothing_meets(planned, found, num_rows))
+
+
+def measure_codec(
+    codec: Codec, parameters: Mapping[str, np.ndarray], logits: Tensor, cache: CacheDocument
+) -> Candidate:
+    """Encode the pilot's held-out rows and measure bytes, fidelity and time."""
+    decoder = Decoder(codec, parameters_to(parameters, logits.device))
+    held_out = held_out_rows(logits)
+    start = time.perf_counter()
+    codes = decoder.encode(held_out)
+    certificate = certify_codes(decoder, held_out, codes)
+    seconds = time.perf_counter() - start
+    return Candidate(
+        codec=codec,
+        parameters=parameters,
+        bytes_per_row=_stored_bytes(codes.cpu().numpy(), codec, cache) / len(held_out),
+        parameter_bytes=sum(array.nbytes for array in parameters.values()),
+        certificate=certificate,
+        encode_seconds_per_row=seconds / len(held_out),
+    )
+
+
+def _candidates(target: RateTarget, logits: Tensor, cache: CacheDocument, num_rows: int) -> Iterator[Candidate]:
+    specs: list[CodecSpec] = [Codes(), Codes(dtype="uint16"), Lossless()]
+    for spec in specs:
+        found = _attempt(spec, logits, cache)
+        if found is not None:
+            yield found
+            if target.max_kl is not None and _meets(found, target.max_kl):
+                break  # the finer ones are larger
+    if len(logits) < _MIN_ROWS_FOR_BASIS or cache.num_classes < 3:
+        return
+    if target.max_kl is not None:
+        found = _attempt(Spectral(max_kl=target.max_kl), logits, cache)
+        if found is not None:
+            yield found
+    elif target.bytes_per_row is not None:
+        yield from _within_budget(target.bytes_per_row, logits, cache, num_rows)
+
+
+def _attempt(spec: CodecSpec, logits: Tensor, cache: CacheDocument) -> Candidate | None:
+    """Fit and measure a codec; None where it cannot hold these logits."""
+    try:
+        codec, parameters = fitted_codec(spec, cache.num_classes, logits)
+        return measure_codec(codec, parameters, logits, cache)
+    except CodecError:
+        return None
+
+
+def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows: int) -> Iterator[Candidate]:
+    """Find the step with which a basis just keeps within a budget of bytes a row, by halving intervals of its log."""
+    first = _attempt(Spectral(max_kl=0.01), logits, cache)
+    if first is None or not isinstance(first.codec, SpectralCodec):
+        return
+    base = float(first.parameters["steps"][SpectralCodec.base_level])
+    low, high = base / 1024, base * 1024
+    best: Candidate | None = None
+    for _ in range(_STEP_ROUNDS * 2):
+        step = float(np.sqrt(low * high))
+        codec, parameters = first.codec.with_step(first.parameters, step)
+        found = measure_codec(codec, parameters, logits, cache)
+        if found.bytes_over(num_rows) <= budget:
+            best, high = found, step
+        else:
+            low = step
+    if best is not None:
+        yield best
+
+
+def _meets(candidate: Candidate, target: float) -> bool:
+    is_guarded = isinstance(candidate.codec, SpectralCodec)
+    limit = _GUARD_FACTOR * target if is_guarded else target
+    return candidate.mean_kl <= target * (1 + 1e-6) and candidate.max_kl <= limit * (1 + 1e-6)
+
+
+def _nothing_meets(target: RateTarget, found: Sequence[Candidate], num_rows: int) -> str:
+    measured = "; ".join(
+        f"{item.codec.spec.kind} {item.bytes_over(num_rows):.4g} bytes a row at KL {item.mean_kl:.2g}" for item in found
+    )
+    asked = f"max_kl={target.max_kl:g}" if target.max_kl is not None else f"bytes_per_row={target.bytes_per_row:g}"
+    return (
+        f"no codec reaches {asked} on the pilot's held-out rows. Measured: {measured or 'nothing could be coded'}. Ask "
+        "for less, or give a codec yourself. Nothing was written"
+    )
+
+
+def _at_target_temperatures(certificate: CertificateDocument, values: Sequence[float]) -> list[float]:
+    pairs = zip(certificate.temperatures, values, strict=True)
+    return [value for temperature, value in pairs if temperature in _TARGET_TEMPERATURES]
+
+
+def _stored_bytes(codes: np.ndarray, codec: Codec, cache: CacheDocument) -> float:
+    chunk_rows = min(cache.chunk_rows, len(codes))
+    whole = len(codes) // chunk_rows * chunk_rows
+    by_column = isinstance(codec, SpectralCodec)
+    spec = ShardSpec(whole, chunk_rows, codec.num_columns, codec.storage_dtype, codec.fill, by_column=by_column)
+    return len(encode_shard(codes[:whole], spec)) * len(codes) / whole
