@@ -108,7 +108,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
         num_rows=len(logits),
         num_bytes=published.num_bytes,
         sha256=published.sha256,
-        min_logit=float(logits.min()),
+        min_logit=_smallest_finite(logits),
         max_logit=float(logits.max()),
         certificate=certificate,
     )
@@ -130,9 +130,14 @@ def certify_codes(decoder: Decoder, logits: Tensor, codes: Tensor) -> Certificat
     """
     if not decoder.codec.depends_on_temperature:
         return certify(logits, decoder.decode(codes))
+    return _certificate(_measured(decoder, logits, codes), max_error_range=None)
+
+
+def _measured(decoder: Decoder, logits: Tensor, codes: Tensor) -> Tensor:
+    """Measure KL [row, temperature] at the ladder, on all rows or evenly spread ones."""
     rows = _measured_rows(logits)
     chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
-    return _certificate(measure_codes(decoder, logits[rows], chosen, LADDER), max_error_range=None)
+    return measure_codes(decoder, logits[rows], chosen, LADDER)
 
 
 def _measured_rows(logits: Tensor) -> Tensor:
@@ -159,34 +164,39 @@ def _certify_standing(
     standing = reader.read_shard(shard_index)[: len(ours)]
     if np.array_equal(standing, ours):
         return certificate
-    codes = torch.from_numpy(standing)
-    theirs = certify_codes(destination.decoder, logits.cpu(), codes)
-    foreign = _foreign(theirs, certificate, logit_span=float(logits.max() - logits.min()))
+    codes, on_cpu = torch.from_numpy(standing), logits.cpu()
+    foreign = _foreign(destination.decoder, on_cpu, codes, certificate)
     if foreign:
         raise CorruptCacheError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
             f"without a record, and {foreign}. It was not written by this build. Nothing was changed; delete the "
             "shard's file and run the same command again"
         )
-    return theirs
+    return certify_codes(destination.decoder, on_cpu, codes)
 
 
-def _foreign(theirs: CertificateDocument, ours: CertificateDocument, *, logit_span: float) -> str | None:
+def _foreign(decoder: Decoder, logits: Tensor, codes: Tensor, ours: CertificateDocument) -> str | None:
     """Say how another run's shard differs from the teacher, where it differs more than other hardware makes it."""
-    if theirs.max_error_range is not None and ours.max_error_range is not None:
-        if theirs.max_error_range <= ADOPTED_ERROR_FACTOR * ours.max_error_range + 0.02 * logit_span:
+    if ours.max_error_range is not None:
+        largest_error = float(
+            error_range(logits, decoder.decode(codes)).max()
+        )  # infinite where other classes are masked
+        logit_span = float(logits.max()) - _smallest_finite(logits)
+        if largest_error <= ADOPTED_ERROR_FACTOR * ours.max_error_range + 0.02 * logit_span:
             return None
-        return (
-            f"its logits differ from the teacher's by up to {theirs.max_error_range:.3g} "
-            f"(ours: {ours.max_error_range:.3g})"
-        )
-    for temperature, found, own in zip(theirs.temperatures, theirs.mean_kl, ours.mean_kl, strict=True):
-        if found > ADOPTED_ERROR_FACTOR * own + ADOPTED_KL:
+        return f"its logits differ from the teacher's by up to {largest_error:.3g} (ours: {ours.max_error_range:.3g})"
+    theirs = _measured(decoder, logits, codes).mean(dim=0).tolist()
+    for temperature, found, own in zip(ours.temperatures, theirs, ours.mean_kl, strict=True):
+        if not found <= ADOPTED_ERROR_FACTOR * own + ADOPTED_KL:
             return (
                 f"its soft targets differ from the teacher's by {found:.3g} nats on average at temperature "
                 f"{temperature:g} (ours: {own:.3g})"
             )
     return None
+
+
+def _smallest_finite(logits: Tensor) -> float:
+    return float(logits.masked_fill(logits.isneginf(), torch.inf).min())
 
 
 def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:

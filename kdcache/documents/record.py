@@ -55,7 +55,7 @@ class Record(Document):
     sha256: Digest
     """Digest of the stored object."""
     min_logit: float
-    """Smallest logit of the shard, as the teacher gave it."""
+    """Smallest finite logit of the shard, as the teacher gave it; masked classes, -inf, aside."""
     max_logit: float
     """Largest logit of the shard."""
     certificate: CertificateDocument

@@ -28,6 +28,17 @@ class Rounded(nn.Module):
         return self.network(inputs).to(self.dtype).float()
 
 
+class MaskingOne(nn.Module):
+    """A teacher that masks one class, the same in every row."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs):
+        return self.network(inputs).index_fill(1, torch.tensor(3), -torch.inf)
+
+
 CODECS = {
     "float32": kdcache.Lossless(dtype="float32"),
     "float16": kdcache.Lossless(dtype="float16"),
@@ -37,8 +48,20 @@ CODECS = {
     "uint16 companded": kdcache.Codes(dtype="uint16", spacing="companded"),
     "topk class means": kdcache.TopK(k=3),
     "topk samples": kdcache.TopK(k=3, tail="samples", num_samples=3),
-    "topk of all classes": kdcache.TopK(k=10, num_nodes=5, step=0.25),
+    "topk class means of all classes": kdcache.TopK(k=10, num_nodes=5, step=0.25),
 }
+
+
+class Masking(nn.Module):
+    """A teacher that masks classes far below the top one, other ones in each row."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs):
+        logits = self.network(inputs)
+        return logits.masked_fill(logits < logits.amax(dim=1, keepdim=True) - 12, -torch.inf)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +91,7 @@ def cache(request, tmp_path_factory, digits, digit_teachers):
     network = digit_teachers["seed-0"]
     if request.param in {"float16", "bfloat16"}:
         network = Rounded(network, getattr(torch, request.param))
+    network = MaskingOne(network) if "class means" in request.param else Masking(network)
     path = tmp_path_factory.mktemp("caches") / "cache"
     return kdcache.build_cache(
         path, digits.transfer_set, {"a": network}, codec=CODECS[request.param], shard_rows=1024, chunk_rows=128
@@ -114,6 +138,13 @@ def test_a_stranger_reads_topk_of_a_vocabulary_past_what_a_column_holds(names_of
     expected = (codec.decode(codes, parameters, temperature=temperature).double() / temperature).exp()
     found = names_of_the_page["read_topk"](codes.numpy(), spec.to_mapping(), arrays, 66_000, temperature)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-12)
+
+
+def test_a_stranger_reads_masked_classes_as_impossible(cache, read_soft_targets):
+    ids = pyarrow.parquet.read_table(f"{cache.address}/examples.parquet")["example_id"].to_numpy()
+    masked = cache.read(ids).logits()[:, 0].isneginf().numpy()
+    assert masked.any()
+    assert np.array_equal(read_soft_targets(cache.address, "a", 20.0)[0] == 0, masked)
 
 
 def test_a_stranger_is_told_of_a_row_that_was_never_written(cache, read_soft_targets, tmp_path):

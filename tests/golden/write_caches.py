@@ -1,7 +1,8 @@
 """Write the golden caches of the present format version: `python tests/golden/write_caches.py`.
 
 Run once for each format version, when it is released; what was written stays and is read for ever. Teachers are linear
-maps with weights in steps of 1/8, so that their logits are exact in float32, float16 and bfloat16 alike.
+maps with weights in steps of 1/8, so that their logits are exact in float32, float16 and bfloat16 alike. Some rows have
+a masked class.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ CODECS = {
     "topk-samples": kdcache.TopK(k=2, tail="samples", num_samples=2),
 }
 
+UNMASKED = "topk-class-means"
+"""Class means refuse masks that change from row to row."""
 
-def logits(teacher_index: int) -> torch.Tensor:
+
+def logits(teacher_index: int, *, masked: bool = True) -> torch.Tensor:
     """Give the true logits [row, class] of a teacher."""
     rows, classes = torch.meshgrid(torch.arange(12), torch.arange(5), indexing="ij")
-    return ((rows * 7 + classes * (3 + teacher_index)) % 16 - 8).float() / 8
+    values = ((rows * 7 + classes * (3 + teacher_index)) % 16 - 8).float() / 8
+    return values.masked_fill((rows * 5 + classes) % 11 == teacher_index, -torch.inf) if masked else values
 
 
 class Table(nn.Module):
     """Gives the logits of the rows whose numbers it is given."""
 
-    def __init__(self, teacher_index: int) -> None:
+    def __init__(self, teacher_index: int, *, masked: bool) -> None:
         super().__init__()
-        self.table = nn.Parameter(logits(teacher_index))
+        self.table = nn.Parameter(logits(teacher_index, masked=masked))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self.table[rows]
@@ -48,7 +53,8 @@ def main() -> None:
         torch.arange(12), labels=[index % 5 for index in range(12)], example_ids=NAMES
     )
     for name, codec in CODECS.items():
-        teachers = {"a": Table(0), "b": Table(1)}
+        masked = name != UNMASKED
+        teachers = {"a": Table(0, masked=masked), "b": Table(1, masked=masked)}
         kdcache.build_cache(FOLDER / name, transfer_set, teachers, codec=codec, shard_rows=8, chunk_rows=4)
 
 
