@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,18 @@ from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.rows import RowMap
-from kdcache.codecs import LADDER, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
-from kdcache.documents import CacheDocument, CertificateDocument, Record, TeacherDocument
+from kdcache.codecs import (
+    BOUND_TEMPERATURES,
+    LADDER,
+    Decoder,
+    codec_for,
+    error_range,
+    measure,
+    measure_codes,
+    parameters_to,
+    scaled_bounds,
+)
+from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
 from kdcache.errors import CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -117,20 +128,42 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
 
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
-    """Measure what coding changed: the error range of all rows, and KL at the ladder on all or evenly spread rows."""
+    """Measure what coding changed, where the decoded logits [row, class] are the same at every temperature.
+
+    Error range and bounds are of all rows, KL at the ladder of all or of evenly spread rows.
+    """
     rows = _measured_rows(logits)
-    divergences = measure(logits[rows], decoded[rows], LADDER)
-    return _certificate(divergences, max_error_range=float(error_range(logits, decoded).max()))
+    scaled = scaled_bounds(logits, decoded).cpu().double()
+    bounds = [
+        BoundDocument.make(
+            temperature=temperature,
+            mean=float(column.mean()),
+            max=float(column.max()),
+            histogram=Histogram.of(column.tolist()),
+        )
+        for temperature, column in zip(BOUND_TEMPERATURES, scaled.unbind(dim=1), strict=True)
+    ]
+    return _certificate(
+        measure(logits[rows], decoded[rows], LADDER),
+        max_error_range=float(error_range(logits, decoded).max()),
+        bounds=tuple(bounds),
+    )
 
 
 def certify_codes(decoder: Decoder, logits: Tensor, codes: Tensor) -> CertificateDocument:
-    """Measure what coding changed; for a codec that depends on the temperature as it decodes at each.
+    """Measure what coding changed; without bounds where the codec's decoded logits depend on the temperature.
 
-    Such a codec does not keep every logit, and has no error range: its certificate holds what was measured alone.
+    Parameters
+    ----------
+    decoder : Decoder
+        On the codes' device.
+    logits : Tensor [row, class]
+        On the codes' device.
+    codes : Tensor [row, column]
     """
     if not decoder.codec.depends_on_temperature:
         return certify(logits, decoder.decode(codes))
-    return _certificate(_measured(decoder, logits, codes), max_error_range=None)
+    return _certificate(_measured(decoder, logits, codes))
 
 
 def _measured(decoder: Decoder, logits: Tensor, codes: Tensor) -> Tensor:
@@ -146,13 +179,15 @@ def _measured_rows(logits: Tensor) -> Tensor:
     return torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
 
 
-def _certificate(divergences: Tensor, *, max_error_range: float | None) -> CertificateDocument:
+def _certificate(divergences: Tensor, **bounds: Any) -> CertificateDocument:
+    """Sum up KL [row, temperature] at the ladder."""
     return CertificateDocument.make(
         temperatures=LADDER,
         mean_kl=tuple(divergences.mean(dim=0).tolist()),
         max_kl=tuple(divergences.amax(dim=0).tolist()),
+        kl_histograms=tuple(Histogram.of(column) for column in divergences.T.tolist()),
         num_measured_rows=len(divergences),
-        max_error_range=max_error_range,
+        **bounds,
     )
 
 
@@ -178,9 +213,8 @@ def _certify_standing(
 def _foreign(decoder: Decoder, logits: Tensor, codes: Tensor, ours: CertificateDocument) -> str | None:
     """Say how another run's shard differs from the teacher, where it differs more than other hardware makes it."""
     if ours.max_error_range is not None:
-        largest_error = float(
-            error_range(logits, decoder.decode(codes)).max()
-        )  # infinite where other classes are masked
+        # infinite where other classes are masked
+        largest_error = float(error_range(logits, decoder.decode(codes)).max())
         logit_span = float(logits.max()) - _smallest_finite(logits)
         if largest_error <= ADOPTED_ERROR_FACTOR * ours.max_error_range + 0.02 * logit_span:
             return None

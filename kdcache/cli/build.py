@@ -24,7 +24,7 @@ from kdcache.cli.output import (
     say,
     use_threads,
 )
-from kdcache.documents import DaskCluster, DaskLocal, ExecutorSpec
+from kdcache.documents import CertificateDocument, DaskCluster, DaskLocal, ExecutorSpec
 from kdcache.errors import JobError
 from kdcache.jobs import LoadedJob
 
@@ -94,7 +94,7 @@ def _print_forecast(forecast: Forecast, *, json: bool) -> None:
         f"{cache.num_rows * cache.num_views:,} rows of {cache.num_classes:,} classes; "
         f"{cache.num_shards:,} shards of {cache.shard_rows:,} rows a teacher"
     )
-    table = Table("teacher", "pilot rows", "bytes a row", "KL at 1", "KL at 4", "largest KL", "rows/s")
+    table = Table("teacher", "pilot rows", "bytes a row", "KL at 1", "KL at 4", "p99 KL", "largest KL", "rows/s")
     for item in forecast.teachers:
         mean = dict(zip(item.certificate.temperatures, item.certificate.mean_kl, strict=True))
         table.add_row(
@@ -103,6 +103,7 @@ def _print_forecast(forecast: Forecast, *, json: bool) -> None:
             f"{item.bytes_per_row:.3g}",
             f"{mean[1.0]:.2g}",
             f"{mean[4.0]:.2g}",
+            f"{_largest_p99(item.certificate):.2g}",
             f"{max(item.certificate.max_kl):.2g}",
             f"{1 / max(item.inference_seconds_per_row, item.encode_seconds_per_row, 1e-9):,.0f}",
         )
@@ -111,6 +112,11 @@ def _print_forecast(forecast: Forecast, *, json: bool) -> None:
         f"forecast: {readable_bytes(forecast.num_bytes)} and {readable_seconds(forecast.seconds)} in this process; "
         "nothing was written"
     )
+
+
+def _largest_p99(certificate: CertificateDocument) -> float:
+    pairs = zip(certificate.kl_histograms, certificate.max_kl, strict=True)
+    return max(histogram.quantile(0.99, largest=largest) for histogram, largest in pairs)
 
 
 def _forecast_as_json(forecast: Forecast) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
 from kdcache import Codes, Lossless, TopK, open_cache, verify_cache
 from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
-from kdcache.codecs import LADDER, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
+from kdcache.codecs import LADDER, CodesCodec, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -105,6 +105,33 @@ def test_a_codec_that_does_not_keep_every_logit_has_no_error_range(logits):
     codec = codec_for(TopK(k=2), 5)
     decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
     assert certify_codes(decoder, logits, decoder.encode(logits)).max_error_range is None
+
+
+def test_bounds_are_of_all_rows_and_hold_for_those_measured(logits):
+    decoded = logits + torch.linspace(0, 0.1, 5)
+    certificate = certify(logits, decoded)
+    assert certificate.num_bounded_rows == len(logits)
+    assert certificate.max_kl[1] <= certificate.bounds[1].max / 4
+    assert certificate.bounds[0].mean <= certificate.bounds[0].max
+
+
+class Sharpened(CodesCodec):
+    """Decodes to other logits at every temperature."""
+
+    depends_on_temperature = True
+
+    def decode(self, codes, parameters, *, temperature=1.0):
+        return super().decode(codes, parameters) * temperature
+
+
+def test_what_is_decoded_by_temperature_is_measured_at_each_and_not_bounded(logits):
+    codec = Sharpened(CODES, 5)
+    parameters = parameters_to(codec.fit(logits), "cpu")
+    codes = codec.encode(logits, parameters)
+    certificate = certify_codes(Decoder(codec, parameters), logits, codes)
+    at_4 = measure(logits, codec.decode(codes, parameters, temperature=4.0), [4.0])
+    assert certificate.mean_kl[2] == pytest.approx(float(at_4.mean()))
+    assert (certificate.bounds, certificate.max_error_range) == ((), None)
 
 
 # Publishing -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from store_builders import NUM_ROWS, make_cache_document, make_plan, make_teacher_document
 
-from kdcache.documents import CertificateDocument, CompleteDocument, CompletedTeacher, Record
+from kdcache.documents import CertificateDocument, CompleteDocument, CompletedTeacher, Histogram, Record
 from kdcache.errors import (
     CacheNotFoundError,
     CodecError,
@@ -24,7 +24,11 @@ from kdcache.store.shards import encode_shard
 
 def make_certificate():
     return CertificateDocument.make(
-        temperatures=(1.0,), mean_kl=(0.0,), max_kl=(0.0,), num_measured_rows=3, max_error_range=0.0
+        temperatures=(1.0,),
+        mean_kl=(0.0,),
+        max_kl=(0.0,),
+        kl_histograms=(Histogram(num_zeros=3),),
+        num_measured_rows=3,
     )
 
 
