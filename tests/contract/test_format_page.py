@@ -46,6 +46,8 @@ CODECS = {
     "uint8 companded": kdcache.Codes(dtype="uint8", spacing="companded"),
     "uint8 uniform": kdcache.Codes(dtype="uint8", spacing="uniform"),
     "uint16 companded": kdcache.Codes(dtype="uint16", spacing="companded"),
+    "spectral": kdcache.Spectral(max_kl=1e-3),
+    "spectral with a step": kdcache.Spectral(step=0.05),
     "topk class means": kdcache.TopK(k=3),
     "topk samples": kdcache.TopK(k=3, tail="samples", num_samples=3),
     "topk class means of all classes": kdcache.TopK(k=10, num_nodes=5, step=0.25),
@@ -77,7 +79,8 @@ def topk_decoder():
 @pytest.fixture(scope="module")
 def names_of_the_page(decoder, topk_decoder):
     names = {}
-    exec(decoder + topk_decoder, names)  # noqa: S102 - the text of our own page, as its readers would run it
+    spectral_decoder = re.findall(r"```python\n(def read_spectral.*?)```", PAGE.read_text(), flags=re.DOTALL)[0]
+    exec(decoder + spectral_decoder + topk_decoder, names)  # noqa: S102 - the text of our own page, as its readers would run it
     return names
 
 
@@ -91,7 +94,7 @@ def cache(request, tmp_path_factory, digits, digit_teachers):
     network = digit_teachers["seed-0"]
     if request.param in {"float16", "bfloat16"}:
         network = Rounded(network, getattr(torch, request.param))
-    network = MaskingOne(network) if "class means" in request.param else Masking(network)
+    network = MaskingOne(network) if re.search("class means|spectral", request.param) else Masking(network)
     path = tmp_path_factory.mktemp("caches") / "cache"
     return kdcache.build_cache(
         path, digits.transfer_set, {"a": network}, codec=CODECS[request.param], shard_rows=1024, chunk_rows=128

@@ -140,7 +140,7 @@ def test_the_forecast_size_is_near_what_is_stored(tmp_path):
 
 def test_the_forecast_size_counts_the_codecs_parameters(tmp_path):
     made = forecast(tmp_path, codec=Codes())
-    assert [teacher.parameter_bytes for teacher in made.teachers] == [1028, 1028]
+    assert [teacher.parameter_bytes for teacher in made.teachers] == [1024, 1024]
 
 
 def test_a_forecast_counts_all_rows_of_all_views(tmp_path):
