@@ -478,8 +478,8 @@ def _refuse_far(quantised: Tensor, first_row: int) -> None:
     far = (quantised.abs() == _LARGEST).any(dim=1)
     if bool(far.any()):
         raise CodecError(
-            f"Row {first_row + int(far.nonzero()[0])} lies more than {_LARGEST} steps along a component: it is far from "
-            "the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
+            f"Row {first_row + int(far.nonzero()[0])} lies more than {_LARGEST} steps along a component: it is far "
+            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
         )
 
 
