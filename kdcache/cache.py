@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["Certificate", "SoftTargetCache", "open_cache"]
+__all__ = ["SoftTargetCache", "open_cache"]
 
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.codecs import Decoder, codec_for, kl_bound, parameters_to, total_variation_bound
+from kdcache.certificate import Certificate, certificate_of
+from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.codecs.base import checked_temperature
-from kdcache.documents import CacheDocument, CertificateDocument, CompleteDocument, TeacherDocument
+from kdcache.documents import (
+    CacheDocument,
+    CertificateDocument,
+    CompleteDocument,
+    TeacherDocument,
+)
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CacheStore, CodesReader
@@ -27,43 +32,6 @@ if TYPE_CHECKING:
 
 MAX_HELD_DIGESTS = 2**22
 """Input digests, of 16 bytes each, that are held in memory whole."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known of the soft targets' error at one temperature. KL is KL(teacher || decoded), in nats.
-
-    R is the largest error range of all rows of the chosen teachers; a teacher is a stored one, which in a merged cache
-    is the members' mean. Both bounds hold for every row of
-
-    - each teacher alone;
-    - the geometric mean with any weights, because a weighted mean of the teachers' errors has no larger range than R;
-    - the arithmetic mean with any weights, because KL and total variation are jointly convex.
-
-    The tempered-arithmetic mean has errors of a range up to 2 R: its KL is at most 4 `kl_bound`, its total variation at
-    most tanh(R / (2 temperature)), which is below 2 `total_variation_bound`.
-
-    Parameters
-    ----------
-    temperature : float
-    mean_kl, max_kl : float or None
-        Measured for each teacher alone when its rows were encoded: the mean over the measured rows of all teachers, and
-        the largest; None at a temperature that was not measured. They bound no other row and no mean over teachers: the
-        errors of two teachers can cost more in their mean than in either of them.
-    num_measured_rows : int
-        Rows that were measured, summed over teachers.
-    kl_bound : float
-        R^2 / (8 temperature^2), from all rows, measured or not (Hoeffding 1963, lemma 1).
-    total_variation_bound : float
-        tanh(R / (4 temperature)), from all rows; total variation is half the L1 distance.
-    """
-
-    temperature: float
-    mean_kl: float | None
-    max_kl: float | None
-    num_measured_rows: int
-    kl_bound: float
-    total_variation_bound: float
 
 
 def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = False) -> SoftTargetCache:
@@ -300,8 +268,8 @@ class SoftTargetCache:
     def certificate(self, temperature: float, *, teachers: Sequence[str] | None = None) -> Certificate:
         """State the error of the soft targets at a temperature; see `Certificate` for what each figure holds for.
 
-        In short: the bounds hold for each teacher and for its geometric and arithmetic means with any weights; what was
-        measured is each teacher's alone.
+        In short: the bounds hold for each teacher; those of means also for geometric and arithmetic means with any
+        weights; what was measured is each teacher's alone.
 
         Parameters
         ----------
@@ -326,16 +294,7 @@ class SoftTargetCache:
         self._refuse_incomplete("certified")
         divisor = checked_temperature(temperature)
         certificates = [self.certificates[name] for name in self._chosen(teachers)]
-        largest = torch.tensor(max(item.max_error_range for item in certificates), dtype=torch.float64)
-        mean_kl, max_kl = _measured(certificates, divisor)
-        return Certificate(
-            temperature=divisor,
-            mean_kl=mean_kl,
-            max_kl=max_kl,
-            num_measured_rows=sum(item.num_measured_rows for item in certificates),
-            kl_bound=float(kl_bound(largest, divisor)),
-            total_variation_bound=float(total_variation_bound(largest, divisor)),
-        )
+        return certificate_of(certificates, divisor)
 
     @property
     def certificates(self) -> dict[str, CertificateDocument]:
@@ -449,17 +408,6 @@ def _teacher_names(store: CacheStore, complete: CompleteDocument | None) -> Sequ
         return [teacher.name for teacher in complete.teachers]
     plans = store.plans()
     return plans[-1].stored_names if plans else ()
-
-
-def _measured(certificates: Sequence[CertificateDocument], temperature: float) -> tuple[float | None, float | None]:
-    """Give the mean KL over the measured rows of all teachers, and the largest."""
-    if any(temperature not in item.temperatures for item in certificates):
-        return None, None
-    places = [item.temperatures.index(temperature) for item in certificates]
-    pairs = list(zip(certificates, places, strict=True))
-    total = sum(item.mean_kl[place] * item.num_measured_rows for item, place in pairs)
-    count = sum(item.num_measured_rows for item in certificates)
-    return total / count, max(item.max_kl[place] for item, place in pairs)
 
 
 def _select_rows(codes: Tensor, rows: np.ndarray) -> Tensor:

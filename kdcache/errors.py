@@ -111,7 +111,7 @@ class DuplicateExampleError(TransferSetError):
 
 
 class NonFiniteLogitsError(KdcacheError, ArithmeticError):
-    """A teacher gave NaN or infinite logits."""
+    """Logits hold NaN or +inf, or nothing but -inf in a row."""
 
 
 class WrongClassCountError(KdcacheError, ValueError):

@@ -3,6 +3,10 @@
 The *soft term* compares the student with the soft targets at a temperature, times temperature^2; the *hard term* is
 the cross-entropy with the labels at temperature 1. Their gradients keep their relative size when the temperature
 changes (Hinton, Vinyals and Dean 2015, section 2).
+
+A class that the soft targets mask, with a logit of -inf, has the probability 0; logit matching leaves it out. The
+student may mask the same class. If it masks one alone to which the soft targets give a probability, the soft term is
+infinite, and that of logit matching NaN.
 """
 
 from __future__ import annotations
@@ -69,8 +73,8 @@ def distillation_loss(
 
     - ``"forward-kl"``: temperature^2 KL(p || q);
     - ``"cross-entropy"``: -temperature^2 sum p log q, the paper's; same gradient, but not 0 at the optimum;
-    - ``"logit-matching"``: 1/(2 N) sum ((z - mean z) - (v - mean v))^2 over the N classes, the limit of the other two's
-      gradients as the temperature grows. The temperature has no effect on it.
+    - ``"logit-matching"``: 1/(2 N) sum ((z - mean z) - (v - mean v))^2 over the N classes that v does not mask, the
+      limit of the other two's gradients as the temperature grows. The temperature has no effect on it.
 
     Parameters
     ----------
@@ -221,7 +225,7 @@ def forward_kl(
     Summed as q - p - p (log q - log p): each term is at least 0, and the rounding of the two log-softmaxes cancels to
     first order. With 50,000 classes at temperature 1,000 in float32 the usual sum of p (log p - log q), multiplied by
     temperature^2, is off by 0.1; this one by 0.00001. The gradient with respect to log q is q - p, whose sum is
-    0, so that the gradient of a following log-softmax is the usual one.
+    0, so that the gradient of a following log-softmax is the usual one. Where p is 0, the term is q.
 
     Parameters
     ----------
@@ -236,7 +240,8 @@ def forward_kl(
         Not multiplied by temperature^2.
     """
     soft_targets = log_soft_targets.exp()
-    return (log_student.exp() - soft_targets - soft_targets * (log_student - log_soft_targets)).sum(dim=-1)
+    differences = (log_student - log_soft_targets).masked_fill_(soft_targets == 0, 0)  # of masked classes: infinite
+    return (log_student.exp() - soft_targets - soft_targets * differences).sum(dim=-1)
 
 
 def soft_cross_entropy(
@@ -245,7 +250,7 @@ def soft_cross_entropy(
     """Give -sum p log q over the last axis from log p (soft targets) and log q (student), in nats.
 
     With log q = log-softmax(z / temperature), the gradient with respect to z is (q - p) / temperature: equation 2 of
-    Hinton, Vinyals and Dean (2015).
+    Hinton, Vinyals and Dean (2015). Where p is 0, so is the term.
 
     Parameters
     ----------
@@ -259,7 +264,8 @@ def soft_cross_entropy(
     Tensor [...]
         Not multiplied by temperature^2.
     """
-    return -(log_soft_targets.exp() * log_student).sum(dim=-1)
+    soft_targets = log_soft_targets.exp()
+    return -(soft_targets * log_student.masked_fill(soft_targets == 0, 0)).sum(dim=-1)
 
 
 def logit_matching_loss(
@@ -268,7 +274,7 @@ def logit_matching_loss(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Match logits: 1/(2 N) sum ((z - mean z) - (v - mean v))^2 over the N classes.
+    """Match logits: 1/(2 N) sum ((z - mean z) - (v - mean v))^2 over the N classes that the teacher does not mask.
 
     The limit of temperature^2 KL(softmax(v / temperature) || softmax(z / temperature)) as the temperature grows; for
     zero-meaned logits its gradient is (z - v) / N: equation 4 of Hinton, Vinyals and Dean (2015), section 2.1, times
@@ -279,7 +285,7 @@ def logit_matching_loss(
     student_logits : Tensor [..., class]
         z; a shift of a row has no effect.
     teacher_logits : Tensor [..., class]
-        v, of the same shape; a shift of a row has no effect.
+        v, of the same shape; a shift of a row has no effect. Classes of -inf are left out of means and sum.
     reduction : {"mean", "sum", "none"}, default "mean"
         Over rows.
 
@@ -301,9 +307,11 @@ def logit_matching_loss(
             f"The student's logits have the shape {tuple(student_logits.shape)}, "
             f"the teacher's {tuple(teacher_logits.shape)}; they must be equal."
         )
-    differences = at_least_float32(student_logits) - at_least_float32(teacher_logits)
-    centred = differences - differences.mean(dim=-1, keepdim=True)
-    return _reduced(centred.square().mean(dim=-1) / 2, reduction)
+    is_masked = teacher_logits.isneginf()
+    num_classes = is_masked.logical_not().sum(dim=-1)
+    differences = (at_least_float32(student_logits) - at_least_float32(teacher_logits)).masked_fill_(is_masked, 0)
+    centred = (differences - (differences.sum(dim=-1) / num_classes)[..., None]).masked_fill_(is_masked, 0)
+    return _reduced(centred.square().sum(dim=-1) / (2 * num_classes), reduction)
 
 
 class _Ensemble:

@@ -9,6 +9,10 @@ and each has its name here:
   softened afterwards.
 
 With one teacher the three are the same.
+
+A *masked class*, with a logit of -inf, has the probability 0. The geometric mean masks a class that any member of
+weight above 0 masks; the arithmetic means only one that all of them mask. Where members leave no class that all of them
+allow, there is no geometric mean, and the row is NaN.
 """
 
 from __future__ import annotations
@@ -77,14 +81,14 @@ def mean_logits(
     Parameters
     ----------
     logits : Tensor [row, teacher, class]
-        Of any floating-point type.
+        Of any floating-point type; -inf where a class is masked.
     weights : sequence of float or Tensor [teacher], optional
-        At least 0 and not all 0; divided by their sum. Equal where absent.
+        At least 0 and not all 0; divided by their sum. Equal where absent. Teachers of weight 0 are left out.
 
     Returns
     -------
     Tensor [row, class]
-        float64 for float64 logits, else float32.
+        float64 for float64 logits, else float32; -inf where a teacher masks the class.
 
     Raises
     ------
@@ -97,8 +101,12 @@ def mean_logits(
     if logits.shape[1] == 1:
         _normalised_weights(weights, logits)
         return logits[:, 0]
+    normalised = _normalised_weights(weights, logits)
+    used = [index for index, weight in enumerate(normalised) if weight > 0]
+    if len(used) < len(normalised):  # 0 times -inf is NaN
+        logits, normalised = logits[:, used], [normalised[index] for index in used]
     # no einsum: autocast and TF32 would compute a product of matrices in reduced precision
-    return (logits * _normalised_weights(weights, logits)[:, None]).sum(dim=1)
+    return (logits * _weight_tensor(normalised, logits)[:, None]).sum(dim=1)
 
 
 def log_mean_probabilities(
@@ -148,7 +156,7 @@ def log_mean_probabilities(
     if mean == "geometric" or logits.shape[1:2] == (1,):
         return torch.log_softmax(mean_logits(logits, weights=weights) / divisor, dim=-1)
     members = _checked_members(logits)
-    log_weights = _normalised_weights(weights, members).log()[:, None]
+    log_weights = _weight_tensor(_normalised_weights(weights, members), members).log()[:, None]
     if mean == "arithmetic":
         return torch.logsumexp(torch.log_softmax(members / divisor, dim=-1) + log_weights, dim=1)
     mixture = torch.logsumexp(torch.log_softmax(members, dim=-1) + log_weights, dim=1)
@@ -426,17 +434,23 @@ def _checked_members(logits: Tensor) -> Tensor:
     return at_least_float32(logits)
 
 
-def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor) -> Tensor:
+def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor) -> list[float]:
     num_teachers = logits.shape[1]
     if weights is None:
-        return logits.new_full((num_teachers,), 1 / num_teachers)
+        return [1 / num_teachers] * num_teachers
     listed = torch.as_tensor(weights, dtype=torch.float64).tolist()
     if not isinstance(listed, list) or len(listed) != num_teachers:
         raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
     total = math.fsum(listed)
     if min(listed) < 0 or not (math.isfinite(total) and total > 0):
         raise OptionError(f"Weights must be finite, at least 0 and not all 0; got {weights!r}.")
-    return logits.new_tensor([weight / total for weight in listed])
+    return [weight / total for weight in listed]
+
+
+def _weight_tensor(weights: list[float], logits: Tensor) -> Tensor:
+    if len(set(weights)) == 1:  # made on the device, without a copy that waits for it
+        return logits.new_full((len(weights),), weights[0])
+    return logits.new_tensor(weights)
 
 
 def _checked_names(teachers: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:

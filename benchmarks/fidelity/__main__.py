@@ -19,7 +19,7 @@ _QUICK_SHARE = 0.25
 def main(
     teachers: Annotated[list[str] | None, typer.Argument(help="Which teachers; all by default.")] = None,
     *,
-    quick: Annotated[bool, typer.Option(help="A quarter of the rows, no living teachers.")] = False,
+    quick: Annotated[bool, typer.Option(help="A quarter of the rows held out, no living teachers.")] = False,
     results: Annotated[Path, typer.Option(help="The JSON file to write.")] = RESULTS,
     tables: Annotated[bool, typer.Option(help="Run nothing: print the tables of a results file.")] = False,
 ) -> None:

@@ -39,7 +39,7 @@ def run(
     teachers : sequence of str
         Of `TEACHERS`.
     share : float, default 1
-        Part of the rows to take, for a quick look.
+        Part of the rows held out to take, for a quick look.
     live : bool, default True
         Time the living teachers too.
     results : Path

@@ -57,11 +57,11 @@ def open_subject(name: str, *, share: float = 1.0) -> Subject:
     name : str
         A name of `benchmarks.teachers`.
     share : float, default 1
-        Part of the usual rows to take, for a quick look.
+        Part of the usual rows to hold out, for a quick look; the pilot stays whole, since a basis needs its rows.
     """
     recorded = load(name)
-    most_pilot, num_held_out = (max(1, int(share * count)) for count in _NUM_ROWS[name])
-    pilot, held_out = recorded.split(num_held_out, seed=_SEED)
+    most_pilot, num_held_out = _NUM_ROWS[name]
+    pilot, held_out = recorded.split(max(1, int(share * num_held_out)), seed=_SEED)
     spread = torch.linspace(0, len(pilot) - 1, min(most_pilot, len(pilot)), dtype=torch.float64).round().long()
     word = {"smollm2": "token", "ppocr": "frame"}.get(name, "view")
     return Subject(name, word, recorded.logits(pilot[spread]), recorded.logits(held_out))

@@ -148,7 +148,7 @@ class BatchLogits:
                 "written; give a teacher with the right head, or build it into a cache of its own"
             )
         rows = self._as_rows(logits, row_map.num_rows[examples])
-        if not bool(torch.isfinite(rows).all()):
+        if rows.numel() and not bool(rows.amax(dim=1).isfinite().all()):  # -inf beside it is a masked class
             self._report_non_finite(key, rows)
         return rows
 
@@ -170,14 +170,16 @@ class BatchLogits:
 
     def _report_non_finite(self, key: BatchKey, rows: Tensor) -> None:
         row_map = self._inputs.row_map
-        bad = int((~torch.isfinite(rows)).any(dim=1).nonzero()[0, 0])
+        bad = int((~torch.isfinite(rows.amax(dim=1))).nonzero()[0, 0])
         index = row_map.example_at(row_map.rows_of_batch(key)[0] + bad)
-        value = rows[bad][~torch.isfinite(rows[bad])][0].item()
+        values = rows[bad][rows[bad].isnan() | rows[bad].isposinf()].tolist()
+        given = f"{values[0]} among the logits" if values else "nothing but -inf as the logits"
         raise NonFiniteLogitsError(
-            f"teacher {self._name!r} gave {value} among the logits of example "
-            f"{self._inputs.transfer_set.example_id(index)!r} (position {index}, view {key.view_index}). NaN and "
-            "infinity have no soft targets, so the shard was not written; shards that are published are kept. Mend "
-            "the input, or run the teacher in higher precision (autocast off), and run the same command again"
+            f"teacher {self._name!r} gave {given} of example "
+            f"{self._inputs.transfer_set.example_id(index)!r} (position {index}, view {key.view_index}). Such a "
+            "row has no soft targets, so the shard was not written; shards that are published are kept. Mend the "
+            "input, or run the teacher in higher precision (autocast off), and run the same command again. Classes "
+            "may be masked with -inf where a row keeps a finite logit"
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from kdcache.build.task import certify
+from kdcache.build.task import certify_codes
 from kdcache.codecs import Codec, Decoder, SpectralCodec, fitted_codec, parameters_to
 from kdcache.documents import (
     CacheDocument,
@@ -134,7 +134,7 @@ def measure_codec(
     held_out = held_out_rows(logits)[-max_rows:]
     start = time.perf_counter()
     codes = decoder.encode(held_out)
-    certificate = certify(held_out, decoder.decode(codes))
+    certificate = certify_codes(decoder, held_out, codes)
     seconds = time.perf_counter() - start
     return Candidate(
         codec=codec,

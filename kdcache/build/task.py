@@ -6,14 +6,16 @@ of the stored shard; nothing else counts, so a task may run twice, in two places
 
 from __future__ import annotations
 
-__all__ = ["Destination", "certify", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
+__all__ = ["Destination", "certify", "certify_codes", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
 
 import hashlib
+import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,17 @@ from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.rows import RowMap
-from kdcache.codecs import LADDER, Decoder, codec_for, error_range, measure, parameters_to
-from kdcache.documents import CacheDocument, CertificateDocument, Record, TeacherDocument
+from kdcache.codecs import (
+    BOUND_TEMPERATURES,
+    LADDER,
+    Decoder,
+    codec_for,
+    error_range,
+    measure,
+    parameters_to,
+    scaled_bounds,
+)
+from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
 from kdcache.errors import CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -94,7 +105,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
     """
     decoder = destination.decoder.to(logits.device)
     codes = decoder.encode(logits)
-    certificate = certify(logits, decoder.decode(codes))
+    certificate = certify_codes(decoder, logits, codes)
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
     if not published.created:
@@ -105,7 +116,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
         num_rows=len(logits),
         num_bytes=published.num_bytes,
         sha256=published.sha256,
-        min_logit=float(logits.min()),
+        min_logit=_smallest_finite(logits),
         max_logit=float(logits.max()),
         certificate=certificate,
     )
@@ -114,16 +125,62 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
 
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
-    """Measure what coding changed: the error range of all rows, and KL at the ladder on all or evenly spread rows."""
+    """Measure what coding changed, where the decoded logits [row, class] are the same at every temperature.
+
+    Error range and bounds are of all rows, KL at the ladder of all or of evenly spread rows.
+    """
+    rows = _measured_rows(logits)
+    scaled = scaled_bounds(logits, decoded).cpu().double()
+    bounds = [
+        BoundDocument.make(
+            temperature=temperature,
+            mean=float(column.mean()),
+            max=float(column.max()),
+            histogram=Histogram.of(column.tolist()),
+        )
+        for temperature, column in zip(BOUND_TEMPERATURES, scaled.unbind(dim=1), strict=True)
+    ]
+    return _certificate(
+        measure(logits[rows], decoded[rows], LADDER),
+        max_error_range=float(error_range(logits, decoded).max()),
+        bounds=tuple(bounds),
+    )
+
+
+def certify_codes(decoder: Decoder, logits: Tensor, codes: Tensor) -> CertificateDocument:
+    """Measure what coding changed; without bounds where the codec's decoded logits depend on the temperature.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        On the codes' device.
+    logits : Tensor [row, class]
+        On the codes' device.
+    codes : Tensor [row, column]
+    """
+    if not getattr(decoder.codec, "depends_on_temperature", False):
+        return certify(logits, decoder.decode(codes))
+    decode: Callable[..., Tensor] = decoder.decode
+    rows = _measured_rows(logits)
+    chosen, kept = logits[rows], codes[rows]
+    columns = [measure(chosen, decode(kept, temperature=value), [value]) for value in LADDER]
+    return _certificate(torch.cat(columns, dim=1))
+
+
+def _measured_rows(logits: Tensor) -> Tensor:
     num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
-    rows = torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
-    divergences = measure(logits[rows], decoded[rows], LADDER)
+    return torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
+
+
+def _certificate(divergences: Tensor, **bounds: Any) -> CertificateDocument:
+    """Sum up KL [row, temperature] at the ladder."""
     return CertificateDocument.make(
         temperatures=LADDER,
         mean_kl=tuple(divergences.mean(dim=0).tolist()),
         max_kl=tuple(divergences.amax(dim=0).tolist()),
-        num_measured_rows=num_measured,
-        max_error_range=float(error_range(logits, decoded).max()),
+        kl_histograms=tuple(Histogram.of(column) for column in divergences.T.tolist()),
+        num_measured_rows=len(divergences),
+        **bounds,
     )
 
 
@@ -135,18 +192,34 @@ def _certify_standing(
     standing = reader.read_shard(shard_index)[: len(ours)]
     if np.array_equal(standing, ours):
         return certificate
-    decoded = destination.decoder.decode(torch.from_numpy(standing))
-    theirs = certify(logits.cpu(), decoded)
-    logit_span = float(logits.max() - logits.min())
-    allowed = ADOPTED_ERROR_FACTOR * certificate.max_error_range + 0.02 * logit_span
-    if theirs.max_error_range > allowed:
+    codes = torch.from_numpy(standing)
+    found, expected = _distance(destination.decoder, logits.cpu(), codes), _expected_distance(certificate)
+    if found > ADOPTED_ERROR_FACTOR * expected + 0.02 * (float(logits.max()) - _smallest_finite(logits)):
         raise CorruptCacheError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
-            f"without a record, and its logits differ from the teacher's by up to {theirs.max_error_range:.3g} (ours: "
-            f"{certificate.max_error_range:.3g}). It was not written by this build. Nothing was changed; delete the "
+            f"without a record, and its logits differ from the teacher's by up to {found:.3g} (ours: "
+            f"{expected:.3g}). It was not written by this build. Nothing was changed; delete the "
             "shard's file and run the same command again"
         )
-    return theirs
+    return certify_codes(destination.decoder, logits.cpu(), codes)
+
+
+def _smallest_finite(logits: Tensor) -> float:
+    return float(logits.masked_fill(logits.isneginf(), torch.inf).min())
+
+
+def _distance(decoder: Decoder, logits: Tensor, codes: Tensor) -> float:
+    """Give the largest error range of codes, infinite where they mask other classes, or as rough a measure of it."""
+    if getattr(decoder.codec, "depends_on_temperature", False):
+        return _expected_distance(certify_codes(decoder, logits, codes))
+    return float(error_range(logits, decoder.decode(codes)).max())
+
+
+def _expected_distance(certificate: CertificateDocument) -> float:
+    """Give the largest error range, or as rough a measure of it: the one whose Hoeffding bound the largest KL meets."""
+    if certificate.max_error_range is not None:
+        return certificate.max_error_range
+    return math.sqrt(8 * certificate.max_kl[0])
 
 
 def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:

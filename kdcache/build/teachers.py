@@ -182,7 +182,8 @@ class MergedTeacher:
             def mean_logits(inputs: Any) -> Tensor:
                 total: Tensor | None = None
                 for member, weight, teacher in zip(members, self.weights, self.members, strict=True):
-                    logits = at_least_float32(member(inputs)) * weight
+                    logits = at_least_float32(member(inputs))
+                    logits = logits * weight if weight > 0 else torch.zeros_like(logits)  # 0 * -inf is NaN
                     if total is not None and logits.shape != total.shape:
                         raise WrongClassCountError(
                             f"teacher {teacher.fingerprint.name!r} gave logits of shape {tuple(logits.shape)}, the "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, spectral_para
 from kdcache.build.pilot import RatePoint
 from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
-from kdcache.documents import CodecSpec, Codes, Lossless, Spectral
+from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral
 from kdcache.report import RatePoints, rate_curves
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -156,39 +157,55 @@ def _teacher_as_json(forecast: Forecast, item: TeacherForecast) -> dict[str, Any
 
 
 def _choices(forecast: Forecast) -> Table:
-    table = Table("teacher", "codec", "bytes a row", "parameters", title="chosen", title_justify="left")
-    for temperature in TEMPERATURES:
-        table.add_column(f"KL at {temperature:g}\nmean, max")
-    table.add_column("rows/s")
+    kl_headers = [f"KL at\n{temperature:g}" for temperature in TEMPERATURES]
+    table = _table("chosen", ["bytes\na row", "para-\nmeters", *kl_headers, "p99\nKL", "max\nKL", "rows/s"])
     for item in forecast.teachers:
-        certificate = item.certificate
-        largest = dict(zip(certificate.temperatures, certificate.max_kl, strict=True))
-        mean = dict(zip(certificate.temperatures, certificate.mean_kl, strict=True))
+        kl = _kl(item.certificate)
         table.add_row(
             escape(item.name),
             _in_words(item.codec),
             f"{item.bytes_per_row:,.4g}",
             readable_bytes(item.parameter_bytes),
-            *(f"{mean[temperature]:.2g}, {largest[temperature]:.2g}" for temperature in TEMPERATURES),
+            *(f"{mean:.2g}" for mean, _, _ in kl.values()),
+            f"{max(p99 for _, p99, _ in kl.values()):.2g}",
+            f"{max(largest for _, _, largest in kl.values()):.2g}",
             f"{1 / max(item.inference_seconds_per_row, item.encode_seconds_per_row, 1e-9):,.0f}",
         )
     return table
 
 
+def _table(title: str, headers: list[str]) -> Table:
+    """Make a table whose figures stay whole on narrow terminals; names and codecs are folded instead."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("teacher", overflow="fold")
+    table.add_column("codec", overflow="fold")
+    for header in headers:
+        table.add_column(header, no_wrap=True)
+    return table
+
+
+def _kl(certificate: CertificateDocument) -> dict[float, tuple[float, float, float]]:
+    """Give mean, p99 and largest KL by temperature, at those that are shown."""
+    found = zip(
+        certificate.temperatures, certificate.mean_kl, certificate.kl_histograms, certificate.max_kl, strict=True
+    )
+    kl = {
+        temperature: (mean, rows.quantile(0.99, largest=largest), largest) for temperature, mean, rows, largest in found
+    }
+    return {temperature: kl[temperature] for temperature in TEMPERATURES}
+
+
 def _measured(forecast: Forecast) -> Table:
-    table = Table("teacher", "codec", "bytes a row", "in all", title="measured", title_justify="left")
-    for temperature in TEMPERATURES:
-        table.add_column(f"KL at {temperature:g}")
-    table.add_column("")
+    kl_headers = [f"KL at\n{temperature:g}" for temperature in TEMPERATURES]
+    table = _table("measured", ["bytes\na row", "in all", *kl_headers, ""])
     for item in forecast.teachers:
         for index, point in enumerate(sorted(item.points, key=lambda point: point.bytes_per_row)):
-            mean = dict(zip(point.certificate.temperatures, point.certificate.mean_kl, strict=True))
             table.add_row(
                 "" if index else escape(item.name),
                 _in_words(point.codec),
                 f"{point.bytes_per_row:,.4g}",
                 readable_bytes(point.bytes_over(forecast.num_stored_rows)),
-                *(f"{mean[temperature]:.2g}" for temperature in TEMPERATURES),
+                *(f"{mean:.2g}" for mean, _, _ in _kl(point.certificate).values()),
                 "chosen" if point.is_choice else "",
                 style="bold" if point.is_choice else None,
             )
@@ -236,7 +253,14 @@ def _paid_back(forecast: Forecast) -> Table:
     found = {item.name: _break_even(forecast, item) for item in forecast.teachers}
     paid = {name: counts for name, counts in found.items() if counts}
     columns = list(next(iter(paid.values())))
-    table = Table("teacher", *columns, title="break-even rows of the basis against", title_justify="left")
+    table = Table(
+        "teacher",
+        *columns,
+        title="break-even rows of the basis against",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name, counts in paid.items():
         cells = ("never" if counts[column] is None else f"{counts[column]:,}" for column in columns)
         table.add_row(escape(name), *cells)
@@ -269,11 +293,9 @@ def _advice_of(forecast: Forecast, item: TeacherForecast) -> tuple[str, ...]:
 
 
 def _drawn(point: RatePoint) -> RatePoints:
-    mean = dict(zip(point.certificate.temperatures, point.certificate.mean_kl, strict=True))
-    is_basis = isinstance(point.codec, Spectral)
     return RatePoints(
-        series="basis" if is_basis else _in_words(point.codec),
+        series="basis" if isinstance(point.codec, Spectral) else _in_words(point.codec),
         bytes_per_row=point.bytes_per_row,
-        kl={temperature: mean[temperature] for temperature in TEMPERATURES},
+        kl={temperature: mean for temperature, (mean, _, _) in _kl(point.certificate).items()},
         is_choice=point.is_choice,
     )

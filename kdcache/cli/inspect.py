@@ -8,6 +8,7 @@ import dataclasses
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,6 +26,17 @@ from kdcache.cli.output import (
     say,
 )
 from kdcache.verify import verify_cache
+
+_COLUMNS = (
+    ("mean KL", "mean_kl"),
+    ("p99 KL", "p99_kl"),
+    ("largest KL", "max_kl"),
+    ("bound mean", "bound_mean"),
+    ("bound p99", "bound_p99"),
+    ("KL at most", "kl_bound"),
+    ("total variation", "total_variation_bound"),
+)
+"""Titles, and the fields of the certificate."""
 
 Target = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's address, or a job file.", show_default=False)]
 
@@ -113,15 +125,10 @@ def info(
     )
     for what, names in _alike(opened).items():
         say(f"  {escape(', '.join(names))}: {escape(what)}")
-    table = Table("temperature", "mean KL", "largest KL", "KL at most", "total variation at most", title="stated error")
+    table = Table("temperature", *(title for title, _ in _COLUMNS), title="stated error", box=SIMPLE, padding=0)
     for item in certificates:
-        table.add_row(
-            f"{item.temperature:g}",
-            "-" if item.mean_kl is None else f"{item.mean_kl:.2g}",
-            "-" if item.max_kl is None else f"{item.max_kl:.2g}",
-            f"{item.kl_bound:.2g}",
-            f"{item.total_variation_bound:.2g}",
-        )
+        values = [getattr(item, name) for _, name in _COLUMNS]
+        table.add_row(f"{item.temperature:g}", *("-" if value is None else f"{value:.2g}" for value in values))
     console.print(table)
 
 

@@ -9,6 +9,7 @@ codes into logits. Nothing here reads or writes a file.
 from __future__ import annotations
 
 __all__ = [
+    "BOUND_TEMPERATURES",
     "LADDER",
     "Codec",
     "CodesCodec",
@@ -21,6 +22,7 @@ __all__ = [
     "kl_bound",
     "measure",
     "parameters_to",
+    "scaled_bounds",
     "total_variation_bound",
 ]
 
@@ -31,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kdcache.codecs.base import Codec, Decoder, parameters_to
+from kdcache.codecs.bounds import BOUND_TEMPERATURES, scaled_bounds
 from kdcache.codecs.certificate import LADDER, error_range, kl_bound, measure, total_variation_bound
 from kdcache.codecs.codes import CodesCodec
 from kdcache.codecs.lossless import LosslessCodec

@@ -11,6 +11,7 @@ __all__ = [
     "check_codes",
     "check_logits",
     "check_num_classes",
+    "check_row_values",
     "checked_temperature",
     "parameters_to",
     "row_blocks",
@@ -28,7 +29,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from kdcache.documents.codec_specs import CodecSpec
-from kdcache.errors import CodecError, ShapeError, TemperatureError, WrongClassCountError
+from kdcache.errors import CodecError, NonFiniteLogitsError, ShapeError, TemperatureError, WrongClassCountError
 
 StorageDtype = Literal["uint8", "uint16", "float16", "float32"]
 """Types of the stored codes: those every Zarr reader knows."""
@@ -47,6 +48,8 @@ BLOCK_ELEMENTS = 2**18
 
 class Codec(Protocol):
     """Logits to codes and back; a frozen object without state and without I/O.
+
+    A logit of -inf is a *masked class*: probability exactly 0 at every temperature. Every codec keeps it as such.
 
     Every method works on the device of the tensors it is given, and keeps its memory bounded by working on blocks of
     rows where it needs more than its result.
@@ -80,7 +83,7 @@ class Codec(Protocol):
         CodecError
             The pilot is empty or cannot be coded at all.
         NonFiniteLogitsError
-            The pilot holds NaN or an infinity.
+            The pilot holds NaN, +inf, or a row of nothing but -inf.
         ShapeError, WrongClassCountError
             The pilot is no [row, class] array of this codec's classes.
         """
@@ -110,7 +113,7 @@ class Codec(Protocol):
         CodecError
             The logits cannot be held within what the codec promises.
         NonFiniteLogitsError
-            A logit is NaN or infinite; the message names the row.
+            A logit is NaN or +inf, or all of a row are -inf; the message names the row.
         ShapeError, WrongClassCountError
             The logits are no [row, class] array of this codec's classes.
         """
@@ -119,6 +122,8 @@ class Codec(Protocol):
         self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
     ) -> Float[Tensor, "row class"]:
         """Decode codes, on their device, into float32 logits that may be shifted by a number of their row's own.
+
+        A masked class is -inf again.
 
         Raises
         ------
@@ -256,6 +261,31 @@ def check_logits(logits: Tensor, num_classes: int) -> None:
         raise CodecError(f"Logits must be floating-point numbers, got {logits.dtype}.")
     if logits.shape[1] != num_classes:
         raise WrongClassCountError(f"The codec is made for {num_classes} classes, the logits have {logits.shape[1]}.")
+
+
+def check_row_values(logits: Tensor, *, first_row: int = 0) -> None:
+    """Refuse NaN, +inf and rows without a finite logit; -inf beside a finite logit is a masked class.
+
+    Parameters
+    ----------
+    logits : Tensor [row, class]
+        Of any floating-point type, with at least one class.
+    first_row : int, default 0
+        What the first row is called in the message, where the logits are a block of a batch.
+
+    Raises
+    ------
+    NonFiniteLogitsError
+        The message names the row.
+    """
+    is_bad = logits.amax(dim=1).isfinite().logical_not()  # a maximum is finite unless the row holds NaN or +inf
+    if bool(is_bad.any()):
+        row = int(is_bad.nonzero()[0, 0])
+        held = "nothing but -inf" if bool(logits[row].isneginf().all()) else "NaN or +inf"
+        raise NonFiniteLogitsError(
+            f"Row {first_row + row} of the logits holds {held}, which has no soft targets. Mask classes with -inf, and "
+            "leave at least one finite logit in a row."
+        )
 
 
 def check_codes(codes: Tensor, codec: Codec) -> None:

@@ -2,7 +2,8 @@
 
 KL is KL(teacher || decoded) in nats, between the soft targets of the teacher's logits and of the decoded logits at the
 same temperature. A *logit error* is decoded - true; softmax does not see a shift, so only the spread of a row's errors
-over its classes, the *error range*, matters.
+over its classes, the *error range*, matters. A class that is masked in both, with a logit of -inf, has neither error
+nor weight.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ LADDER: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 20.0)
 _LARGE = 30.0
 """Centred error over temperature, in nats, beyond which exponentials of errors could overflow."""
 
+_MASKED_IN_BOTH = -1e300
+"""Stands for -inf on both sides: exp of it is 0, and the error is 0 instead of NaN."""
+
 
 def measure(
     logits: Float[Tensor, "row class"],
@@ -38,6 +42,11 @@ def measure(
     above 30, as outlying and masked classes have, is measured as E_p(log p - log q) instead, which overflows for no
     finite logits.
 
+    A class that is masked in both changes nothing. A class masked in the decoded logits alone makes KL infinite where
+    float64 gives it a probability above 0. A class masked in the teacher's logits alone takes probability from all
+    others, which KL shows; the error range is infinite in either case. A row of nothing but -inf has no probability
+    to lose, and measures 0.
+
     Parameters
     ----------
     logits : Tensor [row, class]
@@ -51,7 +60,7 @@ def measure(
     -------
     Tensor [row, temperature]
         float64, in nats, at least 0, and finite for finite logits whose spans over temperature float64 holds. NaN in
-        a row that holds NaN.
+        a row that holds NaN or +inf.
 
     Raises
     ------
@@ -75,8 +84,10 @@ def measure(
     divisors = [checked_temperature(temperature) for temperature in temperatures]
     divergences = torch.empty(logits.shape[0], len(temperatures), dtype=torch.float64)
     for block, true_block, decoded_block in _float64_blocks(logits, decoded):
-        true = true_block.sub_(true_block.amax(dim=1, keepdim=True))
-        coded = decoded_block.sub_(decoded_block.amax(dim=1, keepdim=True))
+        true, coded = _below_maximum(true_block), _below_maximum(decoded_block)
+        if bool(coded.isneginf().any()):
+            is_masked = true.isneginf() & coded.isneginf()
+            true, coded = (values.masked_fill_(is_masked, _MASKED_IN_BOTH) for values in (true, coded))
         for index, divisor in enumerate(divisors):
             divergences[block, index] = _divergence(true, coded, divisor).to(divergences.device)
     return divergences.to(_float64_device(logits.device))
@@ -95,7 +106,7 @@ def error_range(logits: Float[Tensor, "row class"], decoded: Float[Tensor, "row 
     Returns
     -------
     Tensor [row]
-        float64, in logits, at least 0: what `kl_bound` takes.
+        float64, in logits, at least 0: what `kl_bound` takes. Infinite where a class is masked on one side alone.
 
     Raises
     ------
@@ -105,8 +116,7 @@ def error_range(logits: Float[Tensor, "row class"], decoded: Float[Tensor, "row 
     _check_pair(logits, decoded)
     ranges = torch.empty(logits.shape[0], dtype=torch.float64)
     for block, true_block, decoded_block in _float64_blocks(logits, decoded):
-        errors = decoded_block.sub_(true_block)
-        ranges[block] = (errors.amax(dim=1) - errors.amin(dim=1)).to(ranges.device)
+        ranges[block] = _spread(true_block, decoded_block).to(ranges.device)
     return ranges.to(_float64_device(logits.device))
 
 
@@ -158,7 +168,7 @@ def _divergence(true: Tensor, coded: Tensor, temperature: float) -> Tensor:
     errors = coded - true
     centre = torch.linalg.vecdot(weights, errors) / total
     offsets = errors.sub_(centre[:, None]).div_(temperature)
-    large = offsets.amax(dim=1) > _LARGE
+    large = (offsets.amax(dim=1) <= _LARGE).logical_not()  # with a class that is masked on one side, it is NaN
     excess = torch.exp(offsets).sub_(1).sub_(offsets)
     divergences = torch.log1p((torch.linalg.vecdot(weights, excess) / total).clamp_(min=0))
     divergences[large] = _large_divergence(true[large], coded[large], temperature)
@@ -166,8 +176,28 @@ def _divergence(true: Tensor, coded: Tensor, temperature: float) -> Tensor:
 
 
 def _large_divergence(true: Tensor, coded: Tensor, temperature: float) -> Tensor:
-    log_true, log_coded = (torch.log_softmax(logits / temperature, dim=1) for logits in (true, coded))
-    return (log_true.exp() * (log_true - log_coded)).sum(dim=1).clamp_(min=0)
+    log_true, log_coded = (
+        torch.log_softmax(logits / temperature, dim=1).masked_fill_(logits.isneginf(), -torch.inf)
+        for logits in (true, coded)
+    )
+    weights = log_true.exp()
+    return (weights * (log_true - log_coded)).masked_fill_(weights == 0, 0).sum(dim=1).clamp_(min=0)
+
+
+def _below_maximum(logits: Tensor) -> Tensor:
+    """Shift rows, in place, to a maximum of 0; a row of nothing but -inf stays as it is."""
+    return logits.sub_(logits.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min))
+
+
+def _spread(true: Tensor, coded: Tensor) -> Tensor:
+    is_masked, is_masked_now = true.isneginf(), coded.isneginf()
+    errors = coded.sub_(true)
+    if not bool((is_masked | is_masked_now).any()):
+        return errors.amax(dim=1) - errors.amin(dim=1)
+    in_both = is_masked & is_masked_now
+    highest = errors.masked_fill(in_both, -torch.inf).amax(dim=1)
+    lowest = errors.masked_fill(in_both, torch.inf).amin(dim=1)
+    return (highest - lowest).clamp_(min=0).masked_fill_((is_masked ^ is_masked_now).any(dim=1), torch.inf)
 
 
 def _float64_blocks(logits: Tensor, decoded: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

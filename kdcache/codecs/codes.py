@@ -21,11 +21,12 @@ from kdcache.codecs.base import (
     check_codes,
     check_logits,
     check_num_classes,
+    check_row_values,
     row_blocks,
 )
 from kdcache.codecs.certificate import LADDER, measure
 from kdcache.documents.codec_specs import Codes
-from kdcache.errors import CodecError, NonFiniteLogitsError
+from kdcache.errors import CodecError
 
 MAX_EXPONENT = 30
 """Largest row exponent: a row may be 2^30 times as wide as the codebook."""
@@ -33,6 +34,7 @@ MAX_EXPONENT = 30
 WIDEST_MEAN_SPACING = 4.0
 """Logits that a row may span for each level, on average: codes further apart keep no useful soft targets."""
 
+_MASKED_ROW = 128  # added to the exponent of a row that has masked classes
 _MARGIN = 17 / 16  # room above the pilot's rows, so that most later rows need no larger exponent
 _NARROWEST = 2.0**-10  # a range of a thousandth of a nat: nothing narrower needs resolving
 _CURVATURES = tuple(index / 20 for index in range(20))  # 0 is uniform; at 1 the first level would have no width
@@ -49,7 +51,9 @@ class CodesCodec:
     - codebook[c] = c (a + b c), with b = 0 for uniform spacing. For companded spacing b is chosen on the pilot.
     - h is the smallest for which the row's widest gap fits the codebook: nothing is ever clipped, however far the
       logits move from the pilot. h goes up to 30.
-    - A row that spans more than 4 logits a level, 1,016 with uint8 and 262,136 with uint16, is refused: see below.
+    - A row that spans more than 4 logits a level, 1,012 with uint8 and 262,132 with uint16, is refused: see below.
+    - A logit of -inf, a masked class, has a code of its own, 254 or 65,534, and is decoded as -inf. It takes no part in
+      gaps, exponent and bound. A row that has any says so: 128 is added to its exponent.
     - Each gap gets the nearest level, so that a row's error range is bounded by its codes alone: `error_range_bound`.
     - The largest code, 255 or 65,535, is reserved for holes. A hole decodes to NaN.
 
@@ -73,8 +77,9 @@ class CodesCodec:
 
     With uint16 every figure is about 70,000 times smaller.
 
-    A row's levels are spread over its widest gap, so a class that is masked with a large negative logit makes all
-    others coarse. Mean KL at T = 1 of 1,000 bell-shaped classes of standard deviation 4, one of them masked:
+    Mask classes with -inf: it costs nothing and is exact. A row's levels are spread over its widest finite gap, so a
+    class that is masked with a large negative logit makes all others coarse. Mean KL at T = 1 of 1,000 bell-shaped
+    classes of standard deviation 4, one of them masked in that way:
 
     ======  ======  =======  =======  =======  =======
     masked  -300    -1,000   -1e4     -65,000  -250,000
@@ -84,8 +89,8 @@ class CodesCodec:
     ======  ======  =======  =======  =======  =======
 
     Such rows are refused and not clipped, because no place to clip serves every temperature and every mean: with a
-    weight w, a teacher that gives a class up brings the geometric mean down by w times the gap. Leave masked classes
-    out of the teacher's head, which changes no other odds; or use uint16 codes or `Lossless`.
+    weight w, a teacher that gives a class up brings the geometric mean down by w times the gap. Write -inf where the
+    teacher means that a class is impossible; or use uint16 codes or `Lossless`.
 
     Parameters
     ----------
@@ -122,9 +127,14 @@ class CodesCodec:
         return 255 if self.spec.dtype == "uint8" else 65535
 
     @property
+    def masked_code(self) -> int:
+        """Reserved code of a masked class: the one below `fill`."""
+        return self.fill - 1
+
+    @property
     def widest_gap(self) -> float:
-        """Logits that a row may span: 1,016 with uint8 codes, 262,136 with uint16."""
-        return WIDEST_MEAN_SPACING * (self.fill - 1)
+        """Logits that a row's unmasked classes may span: 1,012 with uint8 codes, 262,132 with uint16."""
+        return WIDEST_MEAN_SPACING * self._last_code
 
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[np.float32]]:
         """Fit the codebook to the pilot.
@@ -137,7 +147,7 @@ class CodesCodec:
         Parameters
         ----------
         pilot : Tensor [row, class]
-            Logits of the pilot, on any device.
+            Logits of the pilot, on any device; -inf where a class is masked.
 
         Returns
         -------
@@ -149,7 +159,7 @@ class CodesCodec:
         CodecError
             The pilot has no rows, or a row that spans more than `widest_gap`.
         NonFiniteLogitsError
-            The pilot holds NaN or an infinity.
+            The pilot holds NaN, +inf, or a row of nothing but -inf.
         ShapeError, WrongClassCountError
             The pilot is no [row, class] array of this codec's classes.
         """
@@ -157,11 +167,12 @@ class CodesCodec:
         if pilot.shape[0] == 0:
             raise CodecError("The pilot has no rows: a codebook cannot be fitted.")
         pilot = pilot.detach().cpu()
-        widest_gaps = torch.cat([_gaps(pilot[block]).amax(dim=1) for block in row_blocks(*pilot.shape)])
+        check_row_values(pilot)
+        widest_gaps = torch.cat([_gaps(pilot[block], masked_gap=0).amax(dim=1) for block in row_blocks(*pilot.shape)])
         self._check_widest(pilot, widest_gaps, limit=self.widest_gap)
         width = _fitted_width(widest_gaps.double().numpy())
         curvature = 0.0 if self.spec.spacing == "uniform" else self._best_curvature(pilot, width)
-        return _parameters(width, curvature, last_code=self.fill - 1)
+        return _parameters(width, curvature, last_code=self._last_code)
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Refuse parameters that are not a codebook of this codec together with its coefficients.
@@ -171,7 +182,7 @@ class CodesCodec:
         CodecError
             A parameter is missing, surplus or malformed, or codebook and coefficients differ.
         """
-        expected = {"codebook": (self.fill,), "coefficients": (2,)}
+        expected = {"codebook": (self._last_code + 1,), "coefficients": (2,)}
         found = {name: tuple(value.shape) for name, value in parameters.items()}
         if found != expected:
             raise CodecError(f"The codes codec needs parameters of the shapes {expected}, got {found}.")
@@ -181,7 +192,7 @@ class CodesCodec:
         linear, quadratic = coefficients.numpy()
         if not (0 < linear < math.inf and 0 <= quadratic < math.inf):
             raise CodecError(f"Coefficients must be finite, a > 0 and b >= 0, got a={linear}, b={quadratic}.")
-        if not np.array_equal(_codebook(linear, quadratic, self.fill - 1), codebook.numpy()):
+        if not np.array_equal(_codebook(linear, quadratic, self._last_code), codebook.numpy()):
             raise CodecError(
                 "The stored codebook is not c (a + b c) of the stored coefficients: one of them is altered."
             )
@@ -202,7 +213,7 @@ class CodesCodec:
         Parameters
         ----------
         logits : Tensor [row, class]
-            Finite, of any floating-point type.
+            Of any floating-point type; finite, or -inf where a class is masked.
         parameters : Mapping[str, Tensor]
             Of `fit`, on the logits' device.
 
@@ -216,28 +227,37 @@ class CodesCodec:
         CodecError
             A row spans more than `widest_gap`, or is more than 2^30 times as wide as the codebook.
         NonFiniteLogitsError
-            A logit is NaN or infinite.
+            A logit is NaN or +inf, or all of a row are -inf.
         ShapeError, WrongClassCountError
             The logits are no [row, class] array of this codec's classes.
         """
         check_logits(logits, self.num_classes)
         num_rows, num_classes = logits.shape
+        last_level = parameters["codebook"][-1]
         codes = torch.empty(num_rows, self.num_columns, dtype=TORCH_DTYPES[self.storage_dtype], device=logits.device)
         for block in row_blocks(num_rows, num_classes):
-            gaps = _gaps(logits[block].detach())
-            exponents = self._exponents(gaps, logits, block.start, parameters["codebook"][-1])
+            gaps, is_masked = _gaps(logits[block].detach()), None
+            exponents, do_fit = self._exponents(gaps, last_level)
+            if not do_fit:
+                gaps, is_masked = self._unmasked_gaps(logits[block].detach(), last_level, first_row=block.start)
+                exponents, _ = self._exponents(gaps, last_level)
             scale = _power_of_two(exponents.neg())
-            codes[block, :-1] = self._nearest(gaps.mul_(scale[:, None]), parameters["coefficients"])
+            levels = self._nearest(gaps.mul_(scale[:, None]), parameters["coefficients"])
+            if is_masked is not None:
+                levels.masked_fill_(is_masked, self.masked_code)
+                exponents += _MASKED_ROW * is_masked.any(dim=1)
+            codes[block, :-1] = levels.to(codes.dtype)
             codes[block, -1] = exponents.to(codes.dtype)
         return codes
 
     def decode(
         self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
     ) -> Float32[Tensor, "row class"]:
-        """Give -codebook[code] * 2^h: the logits, shifted so that their row's maximum is 0.
+        """Give -codebook[code] * 2^h, and -inf for a masked class: the logits, shifted to a row's maximum of 0.
 
         Arithmetic throughout, no table: three passes over the batch (two when uniform), fusible by torch.compile, and
-        equal to the table bit for bit. Powers of two scale exactly.
+        equal to the table bit for bit. Powers of two scale exactly. On the CPU, only blocks that have a row with masked
+        classes are looked through for them.
 
         Parameters
         ----------
@@ -282,7 +302,7 @@ class CodesCodec:
         A gap lies within half a spacing of its level, and spacings grow with the code: with the row's largest code m,
         R <= 2^h ((codebook[m+1] - codebook[m]) + (codebook[m] - codebook[m-1])) / 2, which for uniform spacing is the
         step times 2^h. No gap exceeds the last level. Added to it is 2^-22 of the largest gap: four times the rounding
-        of a gap in float32. Feed it to `kl_bound` for a bound on KL at every temperature.
+        of a gap in float32. Masked classes have no error. Feed it to `kl_bound` for a bound on KL at every temperature.
 
         Parameters
         ----------
@@ -298,45 +318,55 @@ class CodesCodec:
         """
         check_codes(codes, self)
         codebook = parameters["codebook"]
-        largest = codes[:, :-1].to(torch.int32).amax(dim=1)
-        above = largest.clamp(max=self.fill - 2)
+        levels = codes[:, :-1].to(torch.int32)
+        largest = levels.masked_fill_(levels == self.masked_code, 0).amax(dim=1)
+        above = largest.clamp(max=self._last_code - 1)
         below = (largest - 1).clamp(min=0)
         spacings = codebook[above + 1] - codebook[above] + codebook[largest] - codebook[below]
         rounding = codebook[above + 1] * 2.0**-22
-        return (spacings / 2 + rounding) * _power_of_two(codes[:, -1].to(torch.int32))
+        return (spacings / 2 + rounding) * _power_of_two(codes[:, -1].to(torch.int32) & ~_MASKED_ROW)
+
+    @property
+    def _last_code(self) -> int:
+        return self.fill - 2
 
     def _decode_block(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         linear, quadratic = parameters["coefficients"].unbind()
-        scale = -_power_of_two(codes[:, -1:].to(torch.int32))
+        last_column = codes[:, -1:].to(torch.int32)
+        scale = -_power_of_two(last_column & ~_MASKED_ROW)
         levels = _as_float(codes[:, :-1])
+        is_masked = levels == self.masked_code if _may_have_masked_classes(last_column) else None
         if self.spec.spacing == "uniform":
-            return levels.mul_(linear * scale)
-        return (levels * (quadratic * scale)).add_(linear * scale).mul_(levels)
+            logits = levels.mul_(linear * scale)
+        else:
+            logits = (levels * (quadratic * scale)).add_(linear * scale).mul_(levels)
+        return logits if is_masked is None else torch.where(is_masked, scale * torch.inf, logits)
 
-    def _exponents(self, gaps: Tensor, logits: Tensor, first_row: int, last_level: Tensor) -> Tensor:
+    def _exponents(self, gaps: Tensor, last_level: Tensor) -> tuple[Tensor, bool]:
+        """Give each row's exponent [row], and whether all rows fit theirs: no gap is NaN or too wide."""
         widest = gaps.amax(dim=1)
         ratio_bits = (widest / last_level).view(torch.int32)
         exponents = ((ratio_bits - 1 >> 23) - 126).clamp_(0, MAX_EXPONENT)
         exponents += widest > last_level * _power_of_two(exponents)  # the ratio was rounded down
-        if not bool(((exponents <= MAX_EXPONENT) & (widest <= self.widest_gap)).all()):
-            limit = min(self.widest_gap, float(last_level) * 2.0**MAX_EXPONENT)
-            self._check_widest(logits[first_row:][: len(gaps)], widest, limit=limit, first_row=first_row)
-        return exponents
+        return exponents, bool(((exponents <= MAX_EXPONENT) & (widest <= self.widest_gap)).all())
+
+    def _unmasked_gaps(self, logits: Tensor, last_level: Tensor, *, first_row: int) -> tuple[Tensor, Tensor]:
+        """Give the gaps of rows, 0 for masked classes, and which these are; refuse rows that cannot be coded."""
+        check_row_values(logits, first_row=first_row)
+        gaps = _gaps(logits, masked_gap=0)
+        limit = min(self.widest_gap, float(last_level) * 2.0**MAX_EXPONENT)
+        self._check_widest(logits, gaps.amax(dim=1), limit=limit, first_row=first_row)
+        return gaps, logits.isneginf()
 
     def _check_widest(self, logits: Tensor, widest_gaps: Tensor, *, limit: float, first_row: int = 0) -> None:
-        finite = logits.isfinite().all(dim=1)
-        if not bool(finite.all()):
-            row = first_row + int(finite.logical_not().nonzero()[0])
-            raise NonFiniteLogitsError(
-                f"Row {row} of the logits holds NaN or an infinity; a cache keeps finite logits."
-            )
         worst = int(widest_gaps.argmax())
         if not float(widest_gaps[worst]) <= limit:
+            lowest = int(logits[worst].masked_fill(logits[worst].isneginf(), torch.inf).argmin())
             raise CodecError(
                 f"Row {first_row + worst} spans {float(widest_gaps[worst]):.6g} logits, from class "
-                f"{int(logits[worst].argmax())} down to class {int(logits[worst].argmin())}; {self._reach(limit)} "
-                "Classes that are masked with a large negative logit are to be left out of the teacher's head, which "
-                f"changes no other class's odds; or use {self._finer}Lossless(). Nothing was encoded."
+                f"{int(logits[worst].argmax())} down to class {lowest}; {self._reach(limit)} If the teacher masks "
+                "classes with a large negative logit, give -inf instead, which is kept exactly and costs nothing; "
+                f"otherwise use {self._finer}Lossless(). Nothing was encoded."
             )
 
     def _reach(self, limit: float) -> str:
@@ -346,16 +376,16 @@ class CodesCodec:
 
     @property
     def _finer(self) -> str:
-        return 'Codes(dtype="uint16"), which reach 262,136, or ' if self.spec.dtype == "uint8" else ""
+        return 'Codes(dtype="uint16"), which reach 262,132, or ' if self.spec.dtype == "uint8" else ""
 
     def _nearest(self, gaps: Tensor, coefficients: Tensor) -> Tensor:
         linear, quadratic = coefficients.unbind()
         root = (gaps * (4 * quadratic)).add_(linear * linear).sqrt_().add_(linear)
-        lower = gaps.mul(2).div_(root).floor_().clamp_(0, self.fill - 2)
+        lower = gaps.mul(2).div_(root).floor_().clamp_(0, self._last_code - 1)
         upper = lower + 1
         below = gaps - (lower * quadratic).add_(linear).mul_(lower)
         above = (upper * quadratic).add_(linear).mul_(upper).sub_(gaps)
-        return lower.add_(above < below).to(torch.int32).to(TORCH_DTYPES[self.storage_dtype])
+        return lower.add_(above < below).to(torch.int32)
 
     def _best_curvature(self, pilot: Tensor, width: float) -> float:
         num_rows = max(_MIN_SEARCH_ROWS, _SEARCH_ELEMENTS // self.num_classes)
@@ -364,15 +394,24 @@ class CodesCodec:
         return min(_CURVATURES, key=lambda curvature: self._mean_kl(sample, width, curvature))
 
     def _mean_kl(self, logits: Tensor, width: float, curvature: float) -> float:
-        arrays = _parameters(width, curvature, last_code=self.fill - 1)
+        arrays = _parameters(width, curvature, last_code=self._last_code)
         parameters = {name: torch.from_numpy(array) for name, array in arrays.items()}
         decoded = self.decode(self.encode(logits, parameters), parameters)
         return float(measure(logits, decoded, LADDER).mean())
 
 
-def _gaps(logits: Tensor) -> Tensor:
+def _gaps(logits: Tensor, *, masked_gap: float | None = None) -> Tensor:
+    """Give each class's gap [row, class]; that of masked classes is infinite where `masked_gap` is absent."""
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
-    return (wide.amax(dim=1, keepdim=True) - wide).to(torch.float32)
+    gaps = (wide.amax(dim=1, keepdim=True) - wide).to(torch.float32)
+    return gaps if masked_gap is None else gaps.masked_fill_(logits.isneginf(), masked_gap)
+
+
+def _may_have_masked_classes(last_column: Tensor) -> bool:
+    """Tell whether rows may have masked classes; elsewhere than on the CPU looking would cost more than it saves."""
+    if last_column.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool((last_column >= _MASKED_ROW).any())
 
 
 def _fitted_width(widest_gaps: npt.NDArray[np.float64]) -> float:

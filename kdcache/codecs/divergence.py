@@ -56,9 +56,10 @@ def _block(logits: Tensor, decoded: Tensor) -> Tensor:
         powers.append(powers[0] * powers[0])
         powers.append(powers[1] * powers[1])
     errors = coded.sub_(true)
+    scratch = torch.empty_like(errors)
     columns = []
     for temperature, p, q in zip((4.0, 2.0, 1.0), weights, others, strict=True):
         total = p.sum(dim=1)
-        mean_error = torch.bmm(p[:, None], errors[:, :, None])[:, 0, 0] / total
+        mean_error = torch.mul(p, errors, out=scratch).sum(dim=1) / total
         columns.append(q.sum(dim=1).double().log() - total.double().log() - mean_error.double() / temperature)
     return torch.stack(columns[::-1], dim=1).clamp_(min=0)

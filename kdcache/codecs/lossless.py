@@ -13,9 +13,16 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, row_blocks
+from kdcache.codecs.base import (
+    StorageDtype,
+    check_codes,
+    check_logits,
+    check_num_classes,
+    check_row_values,
+    row_blocks,
+)
 from kdcache.documents.codec_specs import Lossless
-from kdcache.errors import CodecError, NonFiniteLogitsError
+from kdcache.errors import CodecError
 
 _FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -24,7 +31,8 @@ _FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class LosslessCodec:
     """Keeps logits bit for bit; column and class are the same, and there are no parameters.
 
-    Strict: logits that the dtype cannot hold exactly are refused, never rounded. bfloat16, which Zarr has no name for,
+    Strict: logits that the dtype cannot hold exactly are refused, never rounded. -inf, a masked class, is kept like any
+    other. bfloat16, which Zarr has no name for,
     is stored as the uint16 of its bits.
 
     Parameters
@@ -65,7 +73,7 @@ class LosslessCodec:
 
     @property
     def fill(self) -> float:
-        """NaN, or for bfloat16 the bits 0xFFFF, which are a NaN: no finite logit has them."""
+        """NaN, or for bfloat16 the bits 0xFFFF, which are a NaN: no logit has them."""
         return 0xFFFF if self.spec.dtype == "bfloat16" else float("nan")
 
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[np.float32]]:
@@ -76,7 +84,7 @@ class LosslessCodec:
         CodecError
             The dtype cannot hold a logit exactly.
         NonFiniteLogitsError
-            A logit is NaN or infinite.
+            A logit is NaN or +inf, or all of a row are -inf.
         ShapeError, WrongClassCountError
             The pilot is no [row, class] array of this codec's classes.
         """
@@ -124,13 +132,13 @@ class LosslessCodec:
         CodecError
             The dtype cannot hold a logit exactly; the message names a dtype that can.
         NonFiniteLogitsError
-            A logit is NaN or infinite.
+            A logit is NaN or +inf, or all of a row are -inf.
         ShapeError, WrongClassCountError
             The logits are no [row, class] array of this codec's classes.
         """
         self.check_parameters(parameters)
         check_logits(logits, self.num_classes)
-        _check_finite(logits)
+        check_row_values(logits)
         stored = logits.detach().to(_FLOATS[self.spec.dtype], copy=True)
         if not _equal(stored, logits):
             raise CodecError(_refusal(logits, self.spec.dtype))
@@ -171,13 +179,6 @@ class LosslessCodec:
 
     def _floats(self, codes: Tensor) -> Tensor:
         return codes.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else codes
-
-
-def _check_finite(logits: Tensor) -> None:
-    finite = logits.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        row = int(finite.logical_not().nonzero()[0])
-        raise NonFiniteLogitsError(f"Row {row} of the logits holds NaN or an infinity; a cache keeps finite logits.")
 
 
 def _equal(stored: Tensor, logits: Tensor) -> bool:

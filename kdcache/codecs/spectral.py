@@ -32,7 +32,8 @@ _GUARD_ROUNDS = 24
 _STEP_ROUNDS = 6
 _DEFAULT_MAX_KL = 0.01
 _MAX_HELD_OUT_ROWS = 512
-_LEAST_PILOT_ROWS = 16
+_LEAST_PILOT_ROWS = 8
+_LEAST_STEP, _MOST_STEP = 1e-20, 1e20  # of pilots without any spread
 _BLOCK_ELEMENTS = 2**24
 _PER_CLASS = ("mean", "basis", "weights")
 
@@ -295,11 +296,10 @@ class SpectralCodec:
             The codes have another number of columns.
         """
         check_codes(codes, self)
-        values = codes.to(torch.int32)
-        quantised = _unzigzag(values[:, :-1])
-        levels = values[:, -1:].clamp(max=NUM_LEVELS - 1)
-        steps = torch.where(values[:, -1:] < NUM_LEVELS, parameters["steps"][levels], torch.nan)
-        return self._decoded(quantised, steps, self.prepare(parameters))
+        levels = codes[:, -1:].to(torch.int32)
+        steps = parameters["steps"][levels.clamp(max=NUM_LEVELS - 1)]
+        steps = torch.where(levels < NUM_LEVELS, steps, torch.nan)
+        return self._decoded(_unzigzag(codes[:, :-1].view(torch.int16)), steps, self.prepare(parameters))
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""
@@ -323,7 +323,7 @@ class SpectralCodec:
 
     def _fitted_step(self, held_out: Tensor, parameters: Mapping[str, Tensor], spread: float) -> float:
         """Find the step with which the target is just met before anything is refined."""
-        target, step = self.max_kl or _DEFAULT_MAX_KL, spread / 16
+        target, step = self.max_kl or _DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
         opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
         for _ in range(_STEP_ROUNDS):
             now = self._with_step(kept, step)
@@ -331,6 +331,7 @@ class SpectralCodec:
             levels = self._levels(opened, now)
             _, measured = self._quantised(opened, coordinates, levels, now)
             step *= float((target / measured.mean(dim=0).amax().clamp(min=1e-12)).sqrt().clamp(1 / 64, 64))
+            step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
 
     def _opened(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -407,7 +408,7 @@ class SpectralCodec:
         norms = parameters["basis"].float().square().sum(dim=0)
         usual = (norms * parameters["weights"]).sum() / parameters["weights"].sum()
         felt = torch.empty(len(logits), device=logits.device)
-        for block in row_blocks(*logits.shape):
+        for block in row_blocks(*logits.shape, max_elements=2**19):
             felt[block] = _felt(logits[block].to(torch.float32), norms)
         coarser = _ADAPTATION * _LEVELS_PER_OCTAVE * (felt / usual).clamp(min=1e-9).log2()
         return (levels + coarser.round().to(torch.int64)).clamp_(0, NUM_LEVELS - 1)
@@ -446,12 +447,13 @@ def _felt(logits: Tensor, norms: Tensor) -> Tensor:
     The largest over temperatures of sum_i p_i (1 - p_i) |b_i|^2 / temperature^2, with b_i a class's column of the
     basis: the variance of the logit errors under p where the columns of different classes are nearly orthogonal.
     """
-    weights = torch.exp((logits - logits.amax(dim=1, keepdim=True)) / 4)
+    weights = (logits - logits.amax(dim=1, keepdim=True)).div_(4).exp_()
     felt = []
     for temperature in TEMPERATURES[::-1]:
-        p = weights / weights.sum(dim=1, keepdim=True)
-        felt.append((p - p * p) @ norms / temperature**2)
-        weights = weights * weights
+        total = weights.sum(dim=1)
+        squares = weights * weights
+        felt.append((weights @ norms / total - squares @ norms / total**2) / temperature**2)
+        weights = squares
     return torch.stack(felt).amax(dim=0)
 
 
@@ -472,8 +474,9 @@ def _zigzag(values: Tensor) -> Tensor:
     return (values << 1) ^ (values >> 31)
 
 
-def _unzigzag(values: Tensor) -> Tensor:
-    return (values >> 1) ^ -(values & 1)
+def _unzigzag(bits: Tensor) -> Tensor:
+    """Undo the zigzag on the bits of uint16 codes, in int16: four times faster than in int32."""
+    return ((bits >> 1) & 0x7FFF) ^ -(bits & 1)
 
 
 def _check_finite(logits: Tensor, *, first_row: int) -> None:

@@ -17,7 +17,7 @@ from kdcache.errors import CodecError
 _CLASS_BLOCK_ELEMENTS = 2**25
 _ROW_BLOCK_ELEMENTS = 2**23
 _SMALLEST_EIGENVALUE = 1e-9  # of the largest: below lies the rounding of float32 logits
-_RIDGE = 1e-3  # of the mean eigenvalue of the metric: directions the pilot never felt still cost something
+_RIDGE = 1e-3  # of the metric's mean diagonal before its negative part: what the pilot never felt still costs something
 _WEIGHT_TEMPERATURE = 2.0
 _LEAST_WEIGHT = 0.1
 _LARGEST_ENTRY = 1000.0  # of the basis, so that float16 holds large and small entries alike
@@ -87,8 +87,7 @@ def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> 
     weights = (probabilities[_WEIGHT_TEMPERATURE] / probabilities[_WEIGHT_TEMPERATURE].mean() + _LEAST_WEIGHT).float()
     span = _span(pilot, mean, weights, rank)
     metric, covariance = _forms(pilot, mean, span, probabilities)
-    ridge = _RIDGE * metric.diagonal().mean().clamp(min=1e-12)
-    root = torch.linalg.cholesky(metric + ridge * torch.eye(len(metric), dtype=metric.dtype, device=metric.device))
+    root = torch.linalg.cholesky(metric)
     values, rotation = torch.linalg.eigh(root.T @ covariance @ root)
     axes = torch.linalg.solve_triangular(root.T, rotation.flip(1), upper=True).T
     basis = axes.float() @ span
@@ -133,6 +132,8 @@ def _span(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> Flo
     for classes in _class_slices(pilot):
         gram += _outer(weighted(slice(None), classes))
     values, vectors = torch.linalg.eigh(gram)
+    if float(values[-1]) <= 0:
+        return torch.zeros(1, num_classes, device=pilot.device)
     kept = _kept(values, rank)
     turned = (vectors.flip(1)[:, :kept] / values.flip(0)[:kept].sqrt()).T.float()
     span = torch.empty(kept, num_classes, device=pilot.device)
@@ -153,19 +154,21 @@ def _kept(values: Tensor, rank: int | None) -> int:
 
 def _forms(pilot: Tensor, mean: Tensor, span: Tensor, probabilities: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
     """Give the Fisher metric and the covariance, both [component, component] float64, in the span's coordinates."""
+    num_rows, identity = len(pilot), torch.eye(len(span), dtype=torch.float64, device=span.device)
     together = torch.stack([value / temperature**2 for temperature, value in probabilities.items()]).sum(dim=0)
     metric = torch.zeros(len(span), len(span), dtype=torch.float64, device=span.device)
     for classes in _class_slices(span):
         metric += ((span[:, classes] * together[classes].float()) @ span[:, classes].T).double()
-    inner = torch.linalg.inv((span.double() @ span.double().T) if span.numel() < 2**24 else _gram(span))
+    metric += _RIDGE * metric.diagonal().mean().clamp(min=1e-12) * identity
+    inner = torch.linalg.pinv(_gram(span), hermitian=True)
     covariance = torch.zeros_like(metric)
     for block in _rows(pilot):
         rows = centred(block)
         for temperature in TEMPERATURES:
-            expected = (torch.softmax(rows / temperature, dim=1) @ span.T).double()
-            metric -= expected.T @ expected / (temperature**2 * len(pilot))
+            expected = (torch.softmax(rows / temperature, dim=1).float() @ span.T).double()
+            metric -= expected.T @ expected / (temperature**2 * num_rows)
         coordinates = ((rows - mean.to(rows.dtype)).float() @ span.T).double() @ inner
-        covariance += coordinates.T @ coordinates / len(pilot)
+        covariance += coordinates.T @ coordinates / num_rows
     return metric, covariance
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GIVEN",
     "MERGED_NAME",
+    "BoundDocument",
     "BuildOptions",
     "CacheDocument",
     "CacheOptions",
@@ -26,6 +27,7 @@ __all__ = [
     "ExecutorSpec",
     "Factory",
     "Fingerprint",
+    "Histogram",
     "InProcess",
     "Job",
     "Lossless",
@@ -44,6 +46,7 @@ __all__ = [
     "differences",
     "digest_of_digests",
     "json_schema",
+    "merged_bounds",
 ]
 
 from typing import Any
@@ -51,7 +54,8 @@ from typing import Any
 from kdcache.documents.base import GIVEN, Document, differences
 from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
 from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, PlannedCodec, RateTarget, Spectral
-from kdcache.documents.completion import completed_teacher, digest_of_digests
+from kdcache.documents.completion import completed_teacher, digest_of_digests, merged_bounds
+from kdcache.documents.histogram import Histogram
 from kdcache.documents.job import (
     BuildOptions,
     CacheOptions,
@@ -67,7 +71,7 @@ from kdcache.documents.job import (
     TeacherSource,
 )
 from kdcache.documents.plan import MERGED_NAME, PlanDocument
-from kdcache.documents.record import CertificateDocument, CompleteDocument, CompletedTeacher, Record
+from kdcache.documents.record import BoundDocument, CertificateDocument, CompleteDocument, CompletedTeacher, Record
 from kdcache.documents.teacher import Fingerprint, Parameter, TeacherDocument
 
 DOCUMENTS: dict[str, type[Document]] = {

@@ -35,7 +35,7 @@ class Codes(Document):
 
     kind: Literal["codes"] = "codes"
     dtype: Literal["uint8", "uint16"] = "uint8"
-    """255 or 65,535 levels; one more code is reserved for holes."""
+    """254 or 65,534 levels; two more codes are reserved, for masked classes and for holes."""
     spacing: Literal["uniform", "companded"] = "companded"
     """`companded` spaces levels finely near the maximum, where the probability is, and coarsely in the tail."""
 

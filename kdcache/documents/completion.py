@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["completed_teacher", "digest_of_digests"]
+__all__ = ["completed_teacher", "digest_of_digests", "merged_bounds"]
 
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from kdcache.documents.record import CertificateDocument, CompletedTeacher, Record
+from kdcache.documents.histogram import Histogram
+from kdcache.documents.record import BoundDocument, CertificateDocument, CompletedTeacher, Record
 from kdcache.documents.teacher import TeacherDocument
 
 
@@ -38,17 +39,41 @@ def digest_of_digests(digests: Iterable[str]) -> str:
 
 
 def _sum_up(certificates: Sequence[CertificateDocument]) -> CertificateDocument:
-    count = sum(certificate.num_measured_rows for certificate in certificates)
-    temperatures = certificates[0].temperatures
+    first = certificates[0]
+    measured = [certificate.num_measured_rows for certificate in certificates]
+    ranges = [item.max_error_range for item in certificates if item.max_error_range is not None]
+    is_bounded = len(ranges) == len(certificates)
+    places = range(len(first.temperatures))
     return CertificateDocument.make(
-        temperatures=temperatures,
-        mean_kl=tuple(
-            sum(certificate.mean_kl[index] * certificate.num_measured_rows for certificate in certificates) / count
-            for index in range(len(temperatures))
-        ),
-        max_kl=tuple(
-            max(certificate.max_kl[index] for certificate in certificates) for index in range(len(temperatures))
-        ),
-        num_measured_rows=count,
-        max_error_range=max(certificate.max_error_range for certificate in certificates),
+        temperatures=first.temperatures,
+        mean_kl=tuple(_mean([item.mean_kl[place] for item in certificates], measured) for place in places),
+        max_kl=tuple(max(item.max_kl[place] for item in certificates) for place in places),
+        kl_histograms=tuple(Histogram.merged([item.kl_histograms[place] for item in certificates]) for place in places),
+        num_measured_rows=sum(measured),
+        max_error_range=max(ranges) if is_bounded else None,
+        bounds=merged_bounds(certificates) if is_bounded else (),
     )
+
+
+def merged_bounds(certificates: Sequence[CertificateDocument]) -> tuple[BoundDocument, ...]:
+    """Sum up the bounds of rows that are certified apart.
+
+    Parameters
+    ----------
+    certificates : sequence of CertificateDocument
+        With bounds for the same intervals.
+    """
+    rows = [certificate.num_bounded_rows for certificate in certificates]
+    return tuple(
+        BoundDocument.make(
+            temperature=bounds[0].temperature,
+            mean=_mean([bound.mean for bound in bounds], rows),
+            max=max(bound.max for bound in bounds),
+            histogram=Histogram.merged([bound.histogram for bound in bounds]),
+        )
+        for bounds in zip(*(certificate.bounds for certificate in certificates), strict=True)
+    )
+
+
+def _mean(means: Sequence[float], rows: Sequence[int]) -> float:
+    return sum(mean * count for mean, count in zip(means, rows, strict=True)) / sum(rows)

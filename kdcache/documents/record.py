@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-__all__ = ["CertificateDocument", "CompleteDocument", "CompletedTeacher", "Record"]
+__all__ = [
+    "BOUND_TEMPERATURES",
+    "BoundDocument",
+    "CertificateDocument",
+    "CompleteDocument",
+    "CompletedTeacher",
+    "Record",
+]
 
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kdcache.documents.base import Digest, Document, Name, Temperature
+from kdcache.documents.histogram import Histogram
 
 Index = Annotated[int, Field(ge=0, le=2**53)]
 Nats = Annotated[float, Field(ge=0)]
+
+
+BOUND_TEMPERATURES: tuple[float, ...] = (1.0, 2.0, 4.0)
+"""Where each interval of temperatures starts; it ends where the next starts, and the last has no end."""
+
+
+class BoundDocument(Document):
+    """Numbers s, one a row, for an interval of temperatures T: a row's KL at T is at most s / T^2."""
+
+    title: ClassVar[str] = "bound"
+
+    temperature: Temperature
+    """Where the interval starts; it ends where the next starts, and the last has no end."""
+    mean: Nats
+    """Of s, over ALL rows."""
+    max: Nats
+    """Of s, over ALL rows."""
+    histogram: Histogram
+    """Of s, over ALL rows."""
 
 
 class CertificateDocument(Document):
@@ -24,16 +51,34 @@ class CertificateDocument(Document):
     """Mean over the measured rows, at each temperature."""
     max_kl: tuple[Nats, ...]
     """Largest over the measured rows, at each temperature."""
+    kl_histograms: tuple[Histogram, ...]
+    """KL of the measured rows, at each temperature."""
     num_measured_rows: Annotated[int, Field(ge=1)]
     """Rows whose KL was measured."""
-    max_error_range: Nats
-    """Largest spread over classes of (decoded - true logit) over ALL rows, in logits; bounds every row's KL."""
+    max_error_range: Nats | None = None
+    """Largest spread over classes of (decoded - true logit) over ALL rows, in logits; bounds every row's KL. Absent
+    where what is decoded depends on the temperature."""
+    bounds: tuple[BoundDocument, ...] = ()
+    """Closer bounds from temperature 1 up, interval by interval; none where `max_error_range` is absent."""
 
     @model_validator(mode="after")
     def _check(self) -> CertificateDocument:
-        if not len(self.temperatures) == len(self.mean_kl) == len(self.max_kl):
-            raise ValueError("temperatures, mean_kl and max_kl differ in length")
+        if not len(self.temperatures) == len(self.mean_kl) == len(self.max_kl) == len(self.kl_histograms):
+            raise ValueError("temperatures, mean_kl, max_kl and kl_histograms differ in length")
+        if any(histogram.num_rows != self.num_measured_rows for histogram in self.kl_histograms):
+            raise ValueError("a histogram of KL has other than num_measured_rows rows")
+        if bool(self.bounds) != (self.max_error_range is not None):
+            raise ValueError("bounds and max_error_range are given together, or neither of them")
+        if self.bounds and tuple(bound.temperature for bound in self.bounds) != BOUND_TEMPERATURES:
+            raise ValueError(f"the intervals of bounds do not start at {BOUND_TEMPERATURES}")
+        if len({bound.histogram.num_rows for bound in self.bounds}) > 1:
+            raise ValueError("the histograms of bounds differ in rows")
         return self
+
+    @property
+    def num_bounded_rows(self) -> int:
+        """Rows that the bounds hold for; 0 where there are no bounds."""
+        return self.bounds[0].histogram.num_rows if self.bounds else 0
 
 
 class Record(Document):
@@ -51,10 +96,16 @@ class Record(Document):
     sha256: Digest
     """Digest of the stored object."""
     min_logit: float
-    """Smallest logit of the shard, as the teacher gave it."""
+    """Smallest finite logit of the shard, as the teacher gave it; masked classes, -inf, aside."""
     max_logit: float
     """Largest logit of the shard."""
     certificate: CertificateDocument
+
+    @model_validator(mode="after")
+    def _check(self) -> Record:
+        if self.certificate.bounds and self.certificate.num_bounded_rows != self.num_rows:
+            raise ValueError("the certificate's bounds are not of num_rows rows")
+        return self
 
 
 class CompletedTeacher(Document):

@@ -67,7 +67,7 @@ def write_cache(path, dtype):
         parameters={},
         num_pilot_rows=10,
     )
-    document = store.publish_teacher(document, {"codebook": np.linspace(0, 9, 255, dtype=np.float32)})
+    document = store.publish_teacher(document, {"codebook": np.linspace(0, 9, 254, dtype=np.float32)})
     codes = make_codes(dtype)
     for shard_index in range(cache_document.num_shards):
         start = shard_index * cache_document.shard_rows

@@ -37,6 +37,18 @@ CODECS = {
 }
 
 
+class Masking(nn.Module):
+    """A teacher that masks classes far below the top one, other ones in each row."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs):
+        logits = self.network(inputs)
+        return logits.masked_fill(logits < logits.amax(dim=1, keepdim=True) - 12, -torch.inf)
+
+
 @pytest.fixture(scope="module")
 def decoder():
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[0]
@@ -54,6 +66,7 @@ def cache(request, tmp_path_factory, digits, digit_teachers):
     network = digit_teachers["seed-0"]
     if request.param in {"float16", "bfloat16"}:
         network = Rounded(network, getattr(torch, request.param))
+    network = Masking(network)
     path = tmp_path_factory.mktemp("caches") / "cache"
     return kdcache.build_cache(
         path, digits.transfer_set, {"a": network}, codec=CODECS[request.param], shard_rows=1024, chunk_rows=128
@@ -80,6 +93,13 @@ def test_a_stranger_reads_the_soft_targets_that_kdcache_reads(cache, read_soft_t
     found = read_soft_targets(cache.address, "a", temperature)
     assert found.shape == (1, len(ids), 10)
     np.testing.assert_allclose(found[0], expected.numpy(), rtol=2e-5, atol=1e-9)
+
+
+def test_a_stranger_reads_masked_classes_as_impossible(cache, read_soft_targets):
+    ids = pyarrow.parquet.read_table(f"{cache.address}/examples.parquet")["example_id"].to_numpy()
+    masked = cache.read(ids).logits()[:, 0].isneginf().numpy()
+    assert masked.any()
+    assert np.array_equal(read_soft_targets(cache.address, "a", 20.0)[0] == 0, masked)
 
 
 def test_a_stranger_is_told_of_a_row_that_was_never_written(cache, read_soft_targets, tmp_path):

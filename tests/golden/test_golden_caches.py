@@ -29,6 +29,13 @@ def test_version_1_gives_the_soft_targets_it_was_written_with(cache, temperature
     assert float((read - expected).abs().sum(dim=1).max()) / 2 <= allowed
 
 
+def test_version_1_keeps_masked_classes(cache):
+    read = cache.read(NAMES).logits()
+    expected = torch.stack([logits(0), logits(1)], dim=1).isneginf()
+    assert expected.any()
+    assert torch.equal(read.isneginf(), expected)
+
+
 def test_version_1_keeps_ids_and_labels(cache):
     assert cache.example_ids.tolist() == NAMES
     assert cache.labels.tolist() == [index % 5 for index in range(12)]

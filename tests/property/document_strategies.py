@@ -5,12 +5,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from kdcache.documents import (
+    BoundDocument,
     CacheDocument,
     CertificateDocument,
     Codes,
     CompleteDocument,
     CompletedTeacher,
     Fingerprint,
+    Histogram,
     Lossless,
     Parameter,
     PlanDocument,
@@ -107,30 +109,43 @@ def teacher_documents(draw):
 
 
 @st.composite
-def certificates(draw):
+def certificates(draw, num_rows=None):
     temperatures = draw(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5))
     divergences = st.tuples(*[nats] * len(temperatures))
+    measured = draw(st.lists(nats, min_size=1, max_size=5))
+    is_bounded = draw(st.booleans()) if num_rows is None else num_rows > 0
+    bounded = [draw(nats)] * (num_rows or 2)
     return CertificateDocument(
         temperatures=tuple(temperatures),
         mean_kl=draw(divergences),
         max_kl=draw(divergences),
-        num_measured_rows=draw(counts),
-        max_error_range=draw(nats),
+        kl_histograms=(Histogram.of(measured),) * len(temperatures),
+        num_measured_rows=len(measured),
+        max_error_range=draw(nats) if is_bounded else None,
+        bounds=tuple(bounds_from(start, bounded) for start in (1.0, 2.0, 4.0)) if is_bounded else (),
     )
 
 
-records = st.builds(
-    Record,
-    format_version=st.just(1),
-    teacher=names,
-    shard_index=st.integers(0, 2**53),
-    num_rows=counts,
-    num_bytes=counts,
-    sha256=digests,
-    min_logit=logits,
-    max_logit=logits,
-    certificate=certificates(),
-)
+def bounds_from(temperature, numbers):
+    return BoundDocument(temperature=temperature, mean=min(numbers), max=max(numbers), histogram=Histogram.of(numbers))
+
+
+@st.composite
+def records(draw):
+    num_rows = draw(st.integers(1, 50))
+    return Record(
+        format_version=1,
+        teacher=draw(names),
+        shard_index=draw(st.integers(0, 2**53)),
+        num_rows=num_rows,
+        num_bytes=draw(counts),
+        sha256=draw(digests),
+        min_logit=draw(logits),
+        max_logit=draw(logits),
+        certificate=draw(certificates(num_rows=draw(st.sampled_from([0, num_rows])))),
+    )
+
+
 completed_teachers = st.builds(
     CompletedTeacher,
     name=names,
@@ -152,5 +167,5 @@ complete_documents = st.builds(
     data_digest=digests,
 )
 documents = st.one_of(
-    cache_documents(), plan_documents(), teacher_documents(), certificates(), records, complete_documents
+    cache_documents(), plan_documents(), teacher_documents(), certificates(), records(), complete_documents
 )

@@ -65,10 +65,10 @@ common = settings(max_examples=40, deadline=None)
 @common
 @given(coded())
 def test_every_gap_gets_its_nearest_level(case):
-    codec, parameters, rows, codes = case
+    _, parameters, rows, codes = case
     gaps = (rows.amax(1, keepdim=True) - rows).double()
     levels = levels_in_logits(codes, parameters)
-    places = torch.searchsorted(levels, gaps).clamp(1, codec.fill - 1)
+    places = torch.searchsorted(levels, gaps).clamp(1, levels.shape[1] - 1)
     nearest = torch.minimum(gaps - levels.gather(1, places - 1), levels.gather(1, places) - gaps).abs()
     chosen = (gaps - levels.gather(1, codes[:, :-1].to(torch.int64))).abs()
     torch.testing.assert_close(chosen, nearest, rtol=0.0, atol=0.0)
@@ -155,6 +155,62 @@ def test_lossless_keeps_every_bit(rows, dtype):
     assert torch.equal(decoded.view(torch.int32), exact.float().view(torch.int32))
 
 
+def masks(draw, rows):
+    """Classes to mask in each row, never all: drawn element by element, so that rows differ."""
+    chosen = torch.from_numpy(draw(arrays.arrays(np.bool_, tuple(rows.shape))))
+    return chosen & (torch.arange(rows.shape[1]) != rows.argmax(1, keepdim=True))
+
+
+@st.composite
+def masked(draw):
+    """A codec fitted on rows with masked classes; its parameters, the rows whole, and which classes are masked."""
+    rows = draw(logits())
+    codec = CodesCodec(draw(specs), rows.shape[1])
+    rows = narrowed(rows, codec)
+    chosen = masks(draw, rows)
+    return codec, parameters_to(codec.fit(rows.masked_fill(chosen, -torch.inf)), "cpu"), rows, chosen
+
+
+@common
+@given(masked())
+def test_masked_classes_come_back_exactly_and_the_others_as_ever(case):
+    codec, parameters, rows, chosen = case
+    hidden = rows.masked_fill(chosen, -torch.inf)
+    decoded = codec.decode(codec.encode(hidden, parameters), parameters)
+    topped = rows.masked_fill(chosen, 0.0) + rows.amax(1, keepdim=True).masked_fill(~chosen, 0.0)  # no gap instead
+    expected = codec.decode(codec.encode(topped, parameters), parameters)
+    assert torch.equal(decoded, expected.masked_fill(chosen, -torch.inf))
+
+
+@common
+@given(masked())
+def test_the_error_range_of_masked_rows_stays_below_its_bound(case):
+    codec, parameters, rows, chosen = case
+    hidden = rows.masked_fill(chosen, -torch.inf)
+    codes = codec.encode(hidden, parameters)
+    measured = error_range(hidden, codec.decode(codes, parameters))
+    assert bool((measured <= codec.error_range_bound(codes, parameters).double()).all())
+
+
+@common
+@given(masked())
+def test_masked_rows_are_coded_independently_and_are_no_holes(case):
+    codec, parameters, rows, chosen = case
+    hidden = rows.masked_fill(chosen, -torch.inf)
+    codes = codec.encode(hidden, parameters)
+    assert torch.equal(codec.encode(hidden[3:4], parameters), codes[3:4])
+    assert not codec.is_fill(codes).any()
+
+
+@common
+@given(st.data(), logits(), st.sampled_from(["float32", "float16", "bfloat16"]))
+def test_lossless_keeps_masked_classes(data, rows, dtype):
+    exact = rows.clamp(-6e4, 6e4).to({"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float32))
+    hidden = exact.float().masked_fill(masks(data.draw, rows), -torch.inf)
+    codec = LosslessCodec(Lossless(dtype=dtype), rows.shape[1])
+    assert torch.equal(codec.decode(codec.encode(hidden, {}), {}), hidden)
+
+
 @st.composite
 def true_and_decoded(draw):
     rows = draw(logits())
@@ -187,6 +243,28 @@ def outlying_and_decoded(draw):
 def divergence_by_definition(rows, decoded, temperature):
     true, other = (torch.log_softmax(values / temperature, dim=1) for values in (rows, decoded))
     return (true.exp() * (true - other)).sum(1)
+
+
+@common
+@given(st.data(), true_and_decoded())
+def test_masking_a_class_on_both_sides_is_as_leaving_it_out(data, pair):
+    chosen = masks(data.draw, pair[0])
+    kept = (torch.stack([values[row][~chosen[row]] for values in pair])[:, None] for row in range(len(chosen)))
+    hidden = [values.masked_fill(chosen, -torch.inf) for values in pair]
+    expected = [(measure(true, decoded), error_range(true, decoded)) for true, decoded in kept]
+    torch.testing.assert_close(measure(*hidden), torch.cat([first for first, _ in expected]), rtol=1e-9, atol=1e-14)
+    assert torch.equal(error_range(*hidden), torch.cat([second for _, second in expected]))
+
+
+@common
+@given(st.data(), true_and_decoded())
+def test_masks_of_any_kind_measure_no_nan_and_nothing_negative(data, pair):
+    whole = tuple(pair[0].shape)
+    hidden = [
+        values.masked_fill(torch.from_numpy(data.draw(arrays.arrays(np.bool_, whole))), -torch.inf) for values in pair
+    ]
+    assert bool((measure(*hidden) >= 0).all())
+    assert bool((error_range(*hidden) >= 0).all())
 
 
 @common
@@ -227,9 +305,10 @@ def test_every_code_is_its_own_level(dtype, spacing):
     codec = CodesCodec(Codes(dtype=dtype, spacing=spacing), 65535)
     pilot = torch.randn(16, 65535, generator=torch.Generator().manual_seed(0)) / 4
     parameters = parameters_to(codec.fit(pilot), "cpu")
-    levels = parameters["codebook"].repeat(65535 // codec.fill + 1)[:65535]
+    num_levels = len(parameters["codebook"])
+    levels = parameters["codebook"].repeat(65535 // num_levels + 1)[:65535]
     scales = torch.tensor([1.0, 2.0, 2.0**7])[:, None]
     codes = codec.encode(-levels * scales, parameters)
     assert torch.equal(codes[:, -1].to(torch.int32), torch.tensor([0, 1, 7], dtype=torch.int32))
-    expected = torch.arange(codec.fill).repeat(65535 // codec.fill + 1)[:65535].expand(3, -1)
+    expected = torch.arange(num_levels).repeat(65535 // num_levels + 1)[:65535].expand(3, -1)
     assert torch.equal(codes[:, :-1].to(torch.int64), expected)

@@ -20,7 +20,7 @@ from tiny_caches import (
 
 from kdcache import Codes, TransferSet, open_cache
 from kdcache.codecs import LADDER, measure
-from kdcache.documents import CertificateDocument
+from kdcache.documents import CertificateDocument, Histogram
 from kdcache.errors import (
     CacheNotFoundError,
     CorruptCacheError,
@@ -345,24 +345,70 @@ def test_a_certificate_counts_the_rows_of_all_teachers(cache):
     assert cache.certificate(1.0).num_measured_rows == 80
 
 
+def measured(divergences, *, mean):
+    return CertificateDocument.make(
+        temperatures=(1.0,),
+        mean_kl=(mean,),
+        max_kl=(max(divergences),),
+        kl_histograms=(Histogram.of(divergences),),
+        num_measured_rows=len(divergences),
+    )
+
+
 def test_the_mean_kl_is_over_rows_and_not_over_teachers(cache, monkeypatch):
-    common = {"temperatures": (1.0,), "max_error_range": 1.0}
-    documents = {
-        "a": CertificateDocument.make(**common, mean_kl=(0.1,), max_kl=(0.3,), num_measured_rows=10),
-        "b": CertificateDocument.make(**common, mean_kl=(0.5,), max_kl=(0.6,), num_measured_rows=30),
-    }
+    documents = {"a": measured([0.1] * 10, mean=0.1), "b": measured([0.5] * 30, mean=0.5)}
     monkeypatch.setattr(type(cache), "certificates", property(lambda _: documents))
     certificate = cache.certificate(1.0)
-    assert (certificate.mean_kl, certificate.max_kl) == (pytest.approx(0.4), 0.6)
+    assert (certificate.mean_kl, certificate.max_kl) == (pytest.approx(0.4), 0.5)
+
+
+def test_of_the_rows_of_all_teachers_99_percent_are_not_above_p99(cache, monkeypatch):
+    documents = {"a": measured([0.1] * 199, mean=0.1), "b": measured([7.0], mean=7.0)}
+    monkeypatch.setattr(type(cache), "certificates", property(lambda _: documents))
+    assert 0.1 <= cache.certificate(1.0).p99_kl <= 0.1 * 2**0.25
+
+
+def test_what_depends_on_temperature_has_measurements_and_no_bounds(cache, monkeypatch):
+    monkeypatch.setattr(type(cache), "certificates", property(lambda _: {"a": measured([0.1], mean=0.1)}))
+    certificate = cache.certificate(1.0, teachers=["a"])
+    assert (certificate.mean_kl, certificate.kl_bound, certificate.total_variation_bound) == (0.1, None, None)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7, 2.0, 3.9, 4.0, 300.0])
+def test_mean_p99_and_every_row_are_below_their_bounds(cache, temperature):
+    decoded = cache.read(IDS).logits()
+    divergences = torch.cat([measure(teacher_logits()[:, t], decoded[:, t], [temperature]) for t in range(2)])
+    certificate = cache.certificate(temperature)
+    assert float(divergences.mean()) <= certificate.bound_mean
+    assert float(divergences.sort(0).values[78]) <= certificate.bound_p99 <= certificate.kl_bound
+    assert float(divergences.max()) <= certificate.kl_bound
+
+
+def test_the_bound_of_every_row_is_no_wider_than_hoeffdings(cache):
+    certificate = cache.certificate(1.0)
+    assert certificate.kl_bound < certificate.kl_bound_of_means
+
+
+def test_below_temperature_1_only_the_largest_error_bounds(cache):
+    certificate = cache.certificate(0.5)
+    assert (certificate.bound_mean, certificate.bound_p99) == (None, None)
+    assert certificate.kl_bound == certificate.kl_bound_of_means > 0
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0, 20.0])
-@pytest.mark.parametrize(("mean", "times"), [("geometric", 1), ("arithmetic", 1), ("tempered-arithmetic", 4)])
+@pytest.mark.parametrize(
+    ("mean", "times", "bound"),
+    [
+        ("geometric", 1, "kl_bound_of_means"),
+        ("arithmetic", 1, "kl_bound"),
+        ("tempered-arithmetic", 4, "kl_bound_of_means"),
+    ],
+)
 @pytest.mark.parametrize("weights", [None, [0.9, 0.1]])
-def test_the_bound_holds_for_the_means_it_names(cache, temperature, mean, times, weights):
+def test_the_bound_holds_for_the_means_it_names(cache, temperature, mean, times, bound, weights):
     true = log_mean_probabilities(teacher_logits().double(), temperature=temperature, mean=mean, weights=weights)
     read = cache.read(IDS).log_probabilities(temperature, mean=mean, weights=weights)
-    assert float(measure(true, read, [1.0]).max()) <= times * cache.certificate(temperature).kl_bound
+    assert float(measure(true, read, [1.0]).max()) <= times * getattr(cache.certificate(temperature), bound)
 
 
 def test_a_certificate_can_be_of_one_teacher(cache):

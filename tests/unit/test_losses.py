@@ -450,3 +450,80 @@ def test_a_student_in_bfloat16_has_a_float32_loss(divergence):
 def test_plain_teacher_logits_follow_the_student_to_its_device(teacher, divergence):
     found = distillation_loss(STUDENT.to("meta"), teacher, LABELS, temperature=4.0, divergence=divergence)
     assert found.device.type == "meta"
+
+
+# --- masked classes
+
+INF = float("inf")
+MASK = torch.tensor([[False, True, False, False, True]]).expand(7, -1) & (torch.arange(7) != 3)[:, None]
+MASKED_TEACHER = TEACHER.masked_fill(MASK, -INF)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("student", [STUDENT, STUDENT.masked_fill(MASK, -INF)], ids=["finite", "masked"])
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_masked_classes_give_finite_losses_and_gradients(divergence, student, temperature):
+    loss = distillation_loss(student, MASKED_TEACHER, temperature=temperature, soft_weight=1.0, divergence=divergence)
+    assert loss.isfinite()
+    assert soft_gradient(student, MASKED_TEACHER, temperature, divergence).isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_classes_that_both_mask_are_as_if_left_out(divergence):
+    options = {"temperature": 3.0, "soft_weight": 1.0, "divergence": divergence}
+    rest = [0, 2, 3]
+    found = distillation_loss(STUDENT.masked_fill(MASK, -INF)[:3], MASKED_TEACHER[:3], **options)
+    torch.testing.assert_close(found, distillation_loss(STUDENT[:3, rest], TEACHER[:3, rest], **options))
+
+
+def test_forward_kl_charges_the_student_for_probability_on_masked_classes():
+    found = distillation_loss(torch.zeros(1, 2), torch.tensor([[0.0, -INF]]), temperature=1.0, soft_weight=1.0)
+    assert found.item() == pytest.approx(math.log(2))
+
+
+def test_the_gradient_takes_probability_from_masked_classes():
+    slope = soft_gradient(STUDENT, MASKED_TEACHER, 2.0)
+    expected = 2 * (softmax(STUDENT, 2.0) - softmax(MASKED_TEACHER, 2.0))
+    torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "cross-entropy"])
+def test_a_class_that_the_student_alone_masks_costs_infinitely_much(divergence):
+    student = torch.tensor([[0.0, -INF]])
+    assert distillation_loss(
+        student, torch.zeros(1, 2), temperature=1.0, soft_weight=1.0, divergence=divergence
+    ).isposinf()
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "cross-entropy"])
+def test_a_class_of_no_probability_may_be_masked_by_the_student(divergence):
+    student = torch.tensor([[0.0, -INF]])
+    loss = distillation_loss(
+        student, torch.tensor([[0.0, -1e4]]), temperature=1.0, soft_weight=1.0, divergence=divergence
+    )
+    assert loss == 0
+
+
+def test_logit_matching_does_not_see_the_student_where_the_teacher_masks():
+    assert logit_matching_loss(torch.tensor([[1.0, 7.0, -1.0]]), torch.tensor([[12.0, -INF, 8.0]])) == 0.5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("mean", MEANS)
+def test_masks_of_some_members_give_finite_losses_and_gradients(divergence, mean):
+    members = MEMBERS.clone()
+    members[:, 1] = members[:, 1].masked_fill(MASK, -INF)
+    assert soft_gradient(STUDENT, cached(members), 2.0, divergence, mean).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_coded_masks_give_the_loss_of_the_teacher(dtype):
+    codec = codec_for(Codes(dtype=dtype), 5)
+    parameters = parameters_to(codec.fit(MASKED_TEACHER), "cpu")
+    decoder = Decoder(codec, parameters)
+    soft_targets = SoftTargets((codec.encode(MASKED_TEACHER, parameters),), (decoder,), ("a",))
+    found, expected = (
+        distillation_loss(STUDENT, targets, temperature=2.0, soft_weight=1.0)
+        for targets in (soft_targets, MASKED_TEACHER)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.0)

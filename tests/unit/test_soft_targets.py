@@ -434,3 +434,44 @@ def test_a_mask_of_another_length_is_refused(ensemble):
         SoftTargets(
             ensemble.codes, ensemble.decoders, ensemble.teacher_names, available=torch.ones(5, dtype=torch.bool)
         )
+
+
+# --- masked classes
+
+INF = float("inf")
+MASKING = torch.tensor([[[1.0, -INF, 0.0, 2.0], [0.5, 1.0, -INF, 2.0]]])
+"""Two members of one row that mask different classes."""
+
+
+def test_the_geometric_mean_masks_what_any_member_masks():
+    found = log_mean_probabilities(MASKING, temperature=2.0)
+    expected = torch.log_softmax(torch.tensor([0.75, -INF, -INF, 2.0]) / 2, dim=0)
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "tempered-arithmetic"])
+def test_the_arithmetic_means_keep_what_one_member_allows(mean):
+    found = log_mean_probabilities(MASKING, temperature=1.0, mean=mean).exp()
+    torch.testing.assert_close(found, torch.softmax(MASKING, 2).mean(1))
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_a_class_that_all_members_mask_has_no_probability(mean):
+    masked = MASKING.index_fill(2, torch.tensor(0), -INF)
+    assert log_mean_probabilities(masked, temperature=2.0, mean=mean)[0, 0] == -INF
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_a_member_of_weight_0_masks_nothing(mean):
+    found = log_mean_probabilities(MASKING, temperature=2.0, mean=mean, weights=[0.0, 3.0])
+    torch.testing.assert_close(found, torch.log_softmax(MASKING[:, 1] / 2, dim=1))
+
+
+def test_members_that_leave_no_class_have_no_geometric_mean():
+    apart = torch.tensor([[[0.0, -INF], [-INF, 0.0]]])
+    assert log_mean_probabilities(apart, temperature=1.0).isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e6])
+def test_a_masked_class_has_no_probability_at_any_temperature(temperature):
+    assert soften(MASKING, temperature)[MASKING == -INF].tolist() == [0.0, 0.0]

@@ -6,7 +6,7 @@ import torch
 from tiny_caches import NUM_EXAMPLES, TinyTeacher, build_tiny, files_of, tiny_inputs, tiny_teachers, tiny_transfer_set
 from torch import nn
 
-from kdcache import Codes, TransferSet, open_cache
+from kdcache import Codes, Lossless, TransferSet, open_cache
 from kdcache.build.inference import BatchLogits, Inputs, shard_logits
 from kdcache.build.plan import make_plan
 from kdcache.build.rows import BatchKey, RowMap
@@ -107,15 +107,16 @@ def test_logits_that_are_known_already_are_not_computed_again():
 class Spoiled(nn.Module):
     """A teacher whose logits are spoiled for the example with a given first input."""
 
-    def __init__(self, example_index: int, value: float) -> None:
+    def __init__(self, example_index: int, value: float, *, classes: slice = slice(3, 4)) -> None:
         super().__init__()
         self.linear = TinyTeacher(0)
+        self.classes = classes
         self.marker = float(tiny_inputs()[example_index, 0])
         self.value = value
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         logits = self.linear(inputs)
-        logits[inputs[:, 0] == self.marker, 3] = self.value
+        logits[inputs[:, 0] == self.marker, self.classes] = self.value
         return logits
 
 
@@ -134,14 +135,35 @@ class Shaped(nn.Module):
 IDS = [f"image-{index}" for index in range(NUM_EXAMPLES)]
 
 
-@pytest.mark.parametrize(("value", "said"), [(torch.nan, "nan"), (torch.inf, "inf"), (-torch.inf, "-inf")])
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "nan"), (torch.inf, "inf")])
 def test_logits_that_are_not_finite_name_teacher_and_example(tmp_path, value, said):
     with pytest.raises(NonFiniteLogitsError) as caught:
         build_tiny(tmp_path / "cache", tiny_transfer_set(example_ids=IDS), {"best": Spoiled(29, value)})
     assert str(caught.value).startswith(
-        f"teacher 'best' gave {said} among the logits of example 'image-29' (position 29, view 0). NaN and infinity "
-        "have no soft targets, so the shard was not written"
+        f"teacher 'best' gave {said} among the logits of example 'image-29' (position 29, view 0). Such a row "
+        "has no soft targets, so the shard was not written"
     )
+
+
+def test_a_row_of_masked_classes_alone_names_teacher_and_example(tmp_path):
+    teacher = Spoiled(29, -torch.inf, classes=slice(None))
+    with pytest.raises(NonFiniteLogitsError, match=r"^teacher 'a' gave nothing but -inf as the logits of example 29 "):
+        build_tiny(tmp_path / "cache", teachers={"a": teacher})
+
+
+@pytest.mark.parametrize("codec", [Codes(), Codes(dtype="uint16"), Lossless()], ids=["uint8", "uint16", "lossless"])
+@pytest.mark.parametrize("num_pilot_rows", [12, 40], ids=["after the pilot", "in the pilot"])
+def test_a_masked_class_is_cached_as_such(tmp_path, codec, num_pilot_rows):
+    teachers = {"a": Spoiled(29, -torch.inf)}
+    cache = build_tiny(tmp_path / "cache", teachers=teachers, codec=codec, num_pilot_rows=num_pilot_rows)
+    masked = cache.read(range(NUM_EXAMPLES)).logits()[:, 0].isneginf()
+    assert masked.nonzero().tolist() == [[29, 3]]
+
+
+def test_a_member_of_a_merged_cache_masks_for_all(tmp_path):
+    teachers = {"a": TinyTeacher(1), "b": Spoiled(29, -torch.inf)}
+    cache = build_tiny(tmp_path / "cache", teachers=teachers, merge="geometric")
+    assert cache.read(range(NUM_EXAMPLES)).logits()[:, 0].isneginf().nonzero().tolist() == [[29, 3]]
 
 
 def test_logits_of_the_pilot_that_are_not_finite_leave_nothing_behind(tmp_path):

@@ -8,8 +8,8 @@ import torch
 from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
 from kdcache import Codes, Lossless, open_cache, verify_cache
-from kdcache.build.task import Destination, certify, publish_shard, remaining_shards
-from kdcache.codecs import LADDER, error_range, measure
+from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
+from kdcache.codecs import LADDER, CodesCodec, error_range, measure, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -61,12 +61,20 @@ def test_logits_in_float64_are_certified_with_all_their_digits(logits):
     assert 0 < certificate.max_kl[0] < 1e-6
 
 
-def test_shards_with_a_masked_class_are_certified(logits):
+def test_shards_with_a_class_masked_by_a_large_number_are_certified(logits):
     masked = logits.clone()
     masked[:, 2] = -1e9
     decoded = masked.clone()
     decoded[:, 2] = -0.9e9
     assert max(certify(masked, decoded).max_kl) < 1e-12
+
+
+def test_shards_with_a_masked_class_are_certified_by_the_others(logits):
+    decoded = logits + torch.linspace(0, 0.1, 5)
+    expected = certify(logits[:, :4], decoded[:, :4])
+    found = certify(*(values.clone().index_fill(1, torch.tensor(4), -torch.inf) for values in (logits, decoded)))
+    assert found.max_kl == pytest.approx(expected.max_kl)
+    assert found.max_error_range == expected.max_error_range
 
 
 def test_of_many_rows_some_are_measured_and_all_are_bounded(logits, monkeypatch):
@@ -80,6 +88,33 @@ def test_of_many_rows_some_are_measured_and_all_are_bounded(logits, monkeypatch)
 def test_rows_that_lost_nothing_are_certified_to_have_lost_nothing(logits):
     certificate = certify(logits, logits.clone())
     assert certificate.max_kl == (0,) * len(LADDER)
+
+
+def test_bounds_are_of_all_rows_and_hold_for_those_measured(logits):
+    decoded = logits + torch.linspace(0, 0.1, 5)
+    certificate = certify(logits, decoded)
+    assert certificate.num_bounded_rows == len(logits)
+    assert certificate.max_kl[1] <= certificate.bounds[1].max / 4
+    assert certificate.bounds[0].mean <= certificate.bounds[0].max
+
+
+class Sharpened(CodesCodec):
+    """Decodes to other logits at every temperature."""
+
+    depends_on_temperature = True
+
+    def decode(self, codes, parameters, *, temperature=1.0):
+        return super().decode(codes, parameters) * temperature
+
+
+def test_what_is_decoded_by_temperature_is_measured_at_each_and_not_bounded(logits):
+    codec = Sharpened(CODES, 5)
+    parameters = parameters_to(codec.fit(logits), "cpu")
+    codes = codec.encode(logits, parameters)
+    certificate = certify_codes(Decoder(codec, parameters), logits, codes)
+    at_4 = measure(logits, codec.decode(codes, parameters, temperature=4.0), [4.0])
+    assert certificate.mean_kl[2] == pytest.approx(float(at_4.mean()))
+    assert (certificate.bounds, certificate.max_error_range) == ((), None)
 
 
 # Publishing -----------------------------------------------------------------------------------------------------------
@@ -99,6 +134,29 @@ def test_a_record_names_teacher_shard_and_rows(unfinished, logits):
 def test_a_record_keeps_the_smallest_and_largest_logit(unfinished, logits):
     record = publish_shard(unfinished, 0, logits)
     assert (record.min_logit, record.max_logit) == (float(logits.min()), float(logits.max()))
+
+
+def test_the_smallest_logit_of_a_record_is_of_a_class_that_is_not_masked(unfinished, logits):
+    record = publish_shard(unfinished, 0, logits.masked_fill(logits < 0, -torch.inf))
+    assert record.min_logit == float(logits[logits >= 0].min())
+
+
+def masked_at(logits, column):
+    return logits.index_fill(1, torch.tensor(column), -torch.inf)
+
+
+def test_a_shard_with_masked_classes_that_another_run_left_is_adopted(unfinished, logits, folder):
+    publish_without_a_record(unfinished, masked_at(logits, 2), folder)
+    standing = (folder / "teachers/a/codes/c/0/0").read_bytes()
+    noise = 1e-3 * torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    publish_shard(unfinished, 0, masked_at(logits, 2) + noise)
+    assert (folder / "teachers/a/codes/c/0/0").read_bytes() == standing
+
+
+def test_a_shard_without_a_record_that_masks_another_class_is_refused(unfinished, logits, folder):
+    publish_without_a_record(unfinished, masked_at(logits, 2), folder)
+    with pytest.raises(CorruptCacheError, match="differ from the teacher's by up to inf"):
+        publish_shard(unfinished, 0, masked_at(logits, 3))
 
 
 def test_a_shard_published_twice_stands_once_with_one_record(unfinished, logits, folder):

@@ -130,13 +130,13 @@ def test_a_usual_teacher_needs_no_advice():
 
 
 def test_the_choice_is_shown_in_words(plan):
-    assert "a │ basis of 4, max_kl 0.01 │" in plan().said
+    assert "a basis of 4, max_kl 0.01 " in plan().said
 
 
 def test_every_point_is_shown_and_one_is_marked(plan):
     said = plan().said
     assert [f"max_kl {target}" in said for target in ("0.16", "0.04", "0.0025", "0.000625")] == [True] * 4
-    assert said.count("│ chosen │") == 1
+    assert said.count(" chosen ") == 2  # the first is the title of the choices
 
 
 def test_one_codec_alone_makes_no_second_table(job, plan):

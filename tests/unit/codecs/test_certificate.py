@@ -109,6 +109,51 @@ def test_the_arguments_are_left_alone():
     assert torch.equal(decoded, kept[1])
 
 
+INF = float("inf")
+
+
+def test_a_class_masked_on_both_sides_hides_no_loss_of_the_others():
+    logits, decoded = LOGITS.double(), noisy(1e-3).double()
+    gone = torch.full((32, 1), -INF)
+    found = measure(torch.cat([logits, gone], 1), torch.cat([decoded, gone], 1))
+    torch.testing.assert_close(found, measure(logits, decoded), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1.0, 1e9])
+def test_classes_masked_on_both_sides_are_no_loss_at_any_temperature(temperature):
+    logits = torch.tensor([[1.0, -INF, 0.5], [-INF, 2.0, -INF]])
+    assert not measure(logits, logits.clone(), [temperature]).any()
+
+
+def test_a_class_that_the_decoded_logits_lost_altogether_costs_infinitely_much():
+    assert measure(torch.tensor([[0.0, -3.0]]), torch.tensor([[0.0, -INF]]), [1.0, 20.0]).tolist() == [[INF, INF]]
+
+
+def test_a_class_of_no_probability_in_float64_may_be_masked():
+    assert measure(torch.tensor([[0.0, -1e9]]), torch.tensor([[0.0, -INF]])).tolist() == [[0.0] * 5]
+
+
+def test_a_masked_class_that_gets_probability_costs_what_the_others_lose():
+    found = measure(torch.tensor([[0.0, -INF]]), torch.tensor([[0.0, 0.0]]), [1.0])
+    assert found.item() == pytest.approx(math.log(2))
+
+
+def test_the_error_range_leaves_out_what_is_masked_on_both_sides():
+    logits = torch.tensor([[1.0, -INF, 3.0], [-INF, -INF, 0.0]])
+    assert error_range(logits, logits + torch.tensor([10.0, 0.0, 10.25])).tolist() == [0.25, 0.0]
+
+
+def test_the_error_range_is_infinite_where_a_class_is_masked_on_one_side():
+    logits = torch.tensor([[1.0, -INF], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    decoded = torch.tensor([[1.0, 0.0], [1.0, -INF], [-INF, -INF], [1.0, 0.0]])
+    assert error_range(logits, decoded).tolist() == [INF, INF, INF, 0.0]
+
+
+def test_nan_beside_a_masked_class_measures_nan():
+    logits = torch.tensor([[0.0, -INF, 1.0]])
+    assert measure(logits, torch.tensor([[math.nan, -INF, 1.0]]), [1.0]).isnan().all()
+
+
 def test_the_error_range_is_the_spread_of_the_errors():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     assert error_range(logits, logits + torch.tensor([[10.0, 9.5, 10.25]])).tolist() == [0.75]

@@ -64,10 +64,28 @@ def test_float64_logits_that_no_dtype_holds_are_refused_with_the_cast_to_make():
         FLOAT32.encode(torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64), {})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_refused_with_their_row(value):
-    with pytest.raises(NonFiniteLogitsError, match="Row 1 of the logits"):
+    with pytest.raises(NonFiniteLogitsError, match=r"Row 1 of the logits holds NaN or \+inf"):
         FLOAT32.encode(torch.tensor([[0.0, 0.0, 0.0], [0.0, value, 1.0]]), {})
+
+
+def test_a_row_of_masked_classes_alone_is_refused():
+    with pytest.raises(NonFiniteLogitsError, match="Row 1 of the logits holds nothing but -inf"):
+        FLOAT32.encode(torch.tensor([[0.0, 0.0, 0.0], [-torch.inf] * 3]), {})
+
+
+@pytest.mark.parametrize("codec", [FLOAT32, FLOAT16, BFLOAT16])
+def test_a_masked_class_is_kept_and_is_no_hole(codec):
+    masked = torch.tensor([[0.5, -torch.inf, 1.0], [-torch.inf, 0.0, -torch.inf]])
+    codes = codec.encode(masked, {})
+    assert not codec.is_fill(codes).any()
+    assert torch.equal(codec.decode(codes, {}), masked)
+
+
+def test_a_finite_logit_that_a_smaller_type_would_make_infinite_is_refused():
+    with pytest.raises(CodecError, match="cannot hold"):
+        FLOAT16.encode(torch.tensor([[0.0, -1e9, 1.0]]), {})
 
 
 def test_there_is_nothing_to_fit():

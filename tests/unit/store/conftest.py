@@ -26,9 +26,9 @@ def started(tmp_path, table):
 def written(started, table):
     """A store with one teacher, all of whose shards are published."""
     cache_document = started.cache_document()
-    codebook = np.linspace(0, 9, 255, dtype=np.float32)
+    codebook = np.linspace(0, 9, 254, dtype=np.float32)
     teacher_document = started.publish_teacher(make_teacher_document(), {"codebook": codebook})
-    codes = np.random.default_rng(0).integers(0, 255, (NUM_ROWS, 11)).astype(np.uint8)
+    codes = np.random.default_rng(0).integers(0, 254, (NUM_ROWS, 11)).astype(np.uint8)
     cache = Written(started, cache_document, teacher_document, table, codes)
     for shard_index in range(cache_document.num_shards):
         started.publish_shard(teacher_document, cache_document, shard_index, cache.rows_of_shard(shard_index))

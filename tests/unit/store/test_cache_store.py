@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from store_builders import NUM_ROWS, make_cache_document, make_plan, make_teacher_document
 
-from kdcache.documents import CertificateDocument, CompleteDocument, CompletedTeacher, Record
+from kdcache.documents import CertificateDocument, CompleteDocument, CompletedTeacher, Histogram, Record
 from kdcache.errors import (
     CacheNotFoundError,
     CodecError,
@@ -24,7 +24,11 @@ from kdcache.store.shards import encode_shard
 
 def make_certificate():
     return CertificateDocument.make(
-        temperatures=(1.0,), mean_kl=(0.0,), max_kl=(0.0,), num_measured_rows=3, max_error_range=0.0
+        temperatures=(1.0,),
+        mean_kl=(0.0,),
+        max_kl=(0.0,),
+        kl_histograms=(Histogram(num_zeros=3),),
+        num_measured_rows=3,
     )
 
 
@@ -233,16 +237,16 @@ def test_a_teacher_that_is_not_there_is_none(started):
 
 
 def test_a_published_teacher_names_its_parameters(started):
-    document = started.publish_teacher(make_teacher_document(), {"codebook": np.arange(255, dtype=np.float32)})
+    document = started.publish_teacher(make_teacher_document(), {"codebook": np.arange(254, dtype=np.float32)})
     assert started.teacher("a") == document
-    assert document.parameters["codebook"].shape == (255,)
+    assert document.parameters["codebook"].shape == (254,)
     assert document.parameters_group.startswith("parameters-")
 
 
 @pytest.mark.parametrize(
     "parameter",
     [
-        np.arange(255, dtype=np.float32),
+        np.arange(254, dtype=np.float32),
         np.float64(3.5) * np.ones(()),
         np.zeros((0, 4), np.uint8),
         np.arange(6, dtype=np.int64).reshape(2, 3),
@@ -264,8 +268,8 @@ def test_a_teacher_without_parameters_has_no_group_for_them(started):
 
 
 def test_the_first_fit_stands_and_the_second_is_told(started):
-    first = started.publish_teacher(make_teacher_document(), {"codebook": np.zeros(255, np.float32)})
-    second = started.publish_teacher(make_teacher_document(), {"codebook": np.ones(255, np.float32)})
+    first = started.publish_teacher(make_teacher_document(), {"codebook": np.zeros(254, np.float32)})
+    second = started.publish_teacher(make_teacher_document(), {"codebook": np.ones(254, np.float32)})
     assert second == first
     assert (started.parameters(second)["codebook"] == 0).all()
 
@@ -280,7 +284,7 @@ def test_the_documents_come_after_the_parameters(started, monkeypatch):
     kind = type(started.objects)
     publish = kind.publish
     monkeypatch.setattr(kind, "publish", lambda self, key, data: keys.append(key) or publish(self, key, data))
-    document = started.publish_teacher(make_teacher_document(), {"codebook": np.zeros(255, np.float32)})
+    document = started.publish_teacher(make_teacher_document(), {"codebook": np.zeros(254, np.float32)})
     group = f"teachers/a/{document.parameters_group}"
     assert keys == [
         f"{group}/codebook/c/0",
@@ -299,7 +303,7 @@ def parameter_key(written):
     ("change", "reason"),
     [
         (lambda _: b"", "has 0 bytes where its shape"),
-        (lambda data: data[:-1], "has 1023 bytes where its shape"),
+        (lambda data: data[:-1], "has 1019 bytes where its shape"),
         (lambda data: b"x" + data[1:], "checksum does not match"),
     ],
 )
@@ -315,13 +319,13 @@ def test_an_altered_parameter_is_corrupt(written, change, reason):
     [
         (lambda _: b"", "has 0 bytes where its shape"),
         (lambda data: b"x" + data[1:], "checksum does not match"),
-        (lambda _: encode_small_array(np.zeros(255, np.float32)), "is not the one that this build would write"),
+        (lambda _: encode_small_array(np.zeros(254, np.float32)), "is not the one that this build would write"),
     ],
 )
 def test_a_parameter_that_a_stopped_build_left_damaged_is_never_vouched_for(written, change, reason):
     key = parameter_key(written)
     written.store.objects.replace(key, change(written.store.objects.read(key)))
-    codebook = {"codebook": np.linspace(0, 9, 255, dtype=np.float32)}
+    codebook = {"codebook": np.linspace(0, 9, 254, dtype=np.float32)}
     with pytest.raises(CorruptCacheError, match=f"{reason}.*Delete {key} and run the build again"):
         written.store.publish_teacher(make_teacher_document(), codebook)
 
@@ -330,7 +334,7 @@ def test_a_parameter_that_a_stopped_build_left_damaged_is_never_vouched_for(writ
 def test_metadata_of_a_parameter_that_a_stopped_build_left_damaged_are_never_vouched_for(written, node):
     key = f"teachers/a/{written.teacher_document.parameters_group}{node}/zarr.json"
     written.store.objects.replace(key, b'{"zarr_format": 3}')
-    codebook = {"codebook": np.linspace(0, 9, 255, dtype=np.float32)}
+    codebook = {"codebook": np.linspace(0, 9, 254, dtype=np.float32)}
     with pytest.raises(CorruptCacheError, match=f"{key}: the metadata that stand there are not"):
         written.store.publish_teacher(make_teacher_document(), codebook)
 
@@ -344,7 +348,7 @@ def test_a_missing_parameter_is_corrupt_with_a_remedy(written):
 
 
 def test_a_parameter_of_another_fit_is_corrupt(written):
-    other = written.store.publish_teacher(make_teacher_document("b"), {"codebook": np.zeros(255, np.float32)})
+    other = written.store.publish_teacher(make_teacher_document("b"), {"codebook": np.zeros(254, np.float32)})
     swapped = written.store.objects.read(f"teachers/b/{other.parameters_group}/codebook/c/0")
     written.store.objects.replace(parameter_key(written), swapped)
     with pytest.raises(CorruptCacheError, match="has not the digest that the teacher's document names"):

@@ -1,0 +1,103 @@
+"""Rate control: the codec is chosen from what was measured, and says what it came to."""
+
+import pytest
+import torch
+
+from kdcache import open_cache
+from kdcache.build import build_cache, plan_cache
+from kdcache.documents import Codes, RateTarget, Spectral
+from kdcache.errors import CodecError, DocumentError, OptionError
+from kdcache.transfer_set import TransferSet
+
+
+class Head(torch.nn.Module):
+    """A network whose logits span few dimensions, whatever its classes."""
+
+    def __init__(self, num_hidden=6, num_classes=400):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.head = torch.nn.Parameter(torch.randn(num_hidden, num_classes, generator=generator))
+
+    def forward(self, hidden):
+        return hidden @ self.head
+
+
+def hidden(num_rows, *, scale=1.0):
+    return torch.randn(num_rows, 6, generator=torch.Generator().manual_seed(1)) * scale
+
+
+ROWS = TransferSet.from_arrays(hidden(3000))
+FEW_ROWS = TransferSet.from_arrays(hidden(20))
+
+
+def chosen(tmp_path, transfer_set=ROWS, **options):
+    return plan_cache(tmp_path / "cache", transfer_set, {"a": Head()}, **options).teachers[0]
+
+
+def test_many_classes_of_few_dimensions_are_stored_along_axes(tmp_path):
+    assert chosen(tmp_path, max_kl=0.01).codec == Spectral(max_kl=0.01, rank=6)
+
+
+def test_a_basis_that_costs_more_than_the_rows_is_not_chosen(tmp_path):
+    assert chosen(tmp_path, FEW_ROWS, max_kl=0.01).codec == Codes()
+
+
+def test_the_choice_is_the_smallest_of_those_measured(tmp_path):
+    found = chosen(tmp_path, max_kl=0.01)
+    sizes = [3000 * point.bytes_per_row + point.parameter_bytes for point in found.points]
+    assert 3000 * found.bytes_per_row + found.parameter_bytes == min(sizes)
+
+
+def test_a_budget_of_bytes_is_kept(tmp_path):
+    found = chosen(tmp_path, bytes_per_row=20)
+    assert 10 < found.bytes_per_row + found.parameter_bytes / 3000 <= 20
+
+
+def test_a_larger_budget_is_more_faithful(tmp_path):
+    small, large = (chosen(tmp_path, bytes_per_row=budget).certificate.mean_kl[0] for budget in (8, 12))
+    assert large < small / 2
+
+
+def test_a_budget_that_nothing_keeps_is_refused_with_what_was_measured(tmp_path):
+    with pytest.raises(CodecError, match=r"no codec reaches bytes_per_row=1 .* Measured: codes"):
+        chosen(tmp_path, bytes_per_row=1)
+
+
+def test_the_whole_cache_meets_the_target_in_the_mean(tmp_path):
+    build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01)
+    cache = open_cache(tmp_path / "cache")
+    assert max(cache.certificate(temperature).mean_kl for temperature in (1.0, 2.0, 4.0)) <= 0.01
+
+
+def test_no_row_of_the_cache_exceeds_twice_the_target(tmp_path):
+    build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01)
+    cache = open_cache(tmp_path / "cache")
+    assert max(cache.certificate(temperature).max_kl for temperature in (1.0, 2.0, 4.0)) <= 0.02
+
+
+def test_the_plan_keeps_the_target_and_the_teacher_the_codec(tmp_path):
+    cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01)
+    plan = plan_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01).plan
+    assert plan.codec == RateTarget(max_kl=0.01)
+    assert cache.teachers["a"].codec == Spectral(max_kl=0.01, rank=6)
+
+
+def test_building_again_goes_on_with_the_chosen_codec(tmp_path):
+    first = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01).complete
+    assert build_cache(tmp_path / "cache", ROWS, {"a": Head()}).complete == first
+
+
+def test_soft_targets_come_from_the_axes_at_any_temperature(tmp_path):
+    cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=1e-4)
+    expected = torch.softmax(Head()(hidden(3000)[[5, 7]]) / 3, dim=1)
+    assert torch.allclose(cache.read([5, 7]).probabilities(3.0), expected, atol=0.02)
+
+
+def test_a_target_and_a_codec_exclude_each_other(tmp_path):
+    with pytest.raises(OptionError, match="codec and max_kl exclude each other"):
+        chosen(tmp_path, codec=Codes(), max_kl=0.01)
+
+
+def test_a_target_of_nothing_is_refused():
+    with pytest.raises(DocumentError, match="one of max_kl and bytes_per_row"):
+        RateTarget.make()
