@@ -15,6 +15,7 @@ __all__ = [
     "SoftTargetLoader",
     "SoftTargets",
     "Spectral",
+    "TopK",
     "TransferSet",
     "Views",
     "__version__",
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from kdcache import errors
     from kdcache.build import build_cache, plan_cache
     from kdcache.cache import SoftTargetCache, open_cache
-    from kdcache.documents import Codes, Lossless, RateTarget, Spectral
+    from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
     from kdcache.losses import DistillationLoss, distillation_loss
     from kdcache.soft_targets import SoftTargets
     from kdcache.stream import SoftTargetLoader
@@ -51,6 +52,7 @@ _HOMES = {
     "SoftTargetLoader": "stream",
     "SoftTargets": "soft_targets",
     "Spectral": "documents",
+    "TopK": "documents",
     "TransferSet": "transfer_set",
     "Views": "transfer_set",
     "build_cache": "build",

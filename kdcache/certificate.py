@@ -32,7 +32,9 @@ class Certificate:
     - of the tempered-arithmetic mean, whose errors have a range up to 2 R: 4 `kl_bound_of_means`, and a total variation
       of tanh(R / (2 temperature)), which is below 2 `total_variation_bound`.
 
-    Where what a codec decodes depends on the temperature, there are only measurements: all bounds are None.
+    Where what a codec decodes depends on the temperature, as with `TopK`, there are only measurements: all bounds are
+    None. With its tail "samples", whose weights are no distribution, KL is that of the kept classes and one class made
+    of all others.
 
     Parameters
     ----------

@@ -19,6 +19,7 @@ __all__ = [
     "distillation_loss",
     "forward_kl",
     "logit_matching_loss",
+    "logits_to_match",
     "soft_cross_entropy",
 ]
 
@@ -53,6 +54,8 @@ Reduction = Literal["mean", "sum", "none"]
 
 Weights = Sequence[float] | Mapping[str, float]
 
+_HIGH_TEMPERATURE = 1000.0
+
 
 def distillation_loss(
     student_logits: Float[Tensor, "row class"],
@@ -76,6 +79,10 @@ def distillation_loss(
     - ``"logit-matching"``: 1/(2 N) sum ((z - mean z) - (v - mean v))^2 over the N classes that v does not mask, the
       limit of the other two's gradients as the temperature grows. The temperature has no effect on it.
 
+    Soft targets that are sampled (codec `TopK` with tail "samples") enter the first two as weights that are right on
+    average: so are the gradients then. The value of "forward-kl" is off by a number that no student changes, and may be
+    below 0. Logit matching has no use for them.
+
     Parameters
     ----------
     student_logits : Tensor [row, class]
@@ -96,7 +103,7 @@ def distillation_loss(
     mean : {"geometric", "arithmetic", "tempered-arithmetic"}, default "geometric"
         How teachers are averaged; see `kdcache.soft_targets`. Logit matching meets, for either of the first two, the
         mean of the logits, which is where both tend as the temperature grows; and for the third the logarithm of the
-        mean softmax at temperature 1.
+        mean softmax at temperature 1. A codec that gives other logits at every temperature gives those at 1,000.
     weights : sequence of float, or mapping of teacher's name to float, optional
         Weights of the teachers, at least 0; names need a SoftTargets.
     teachers : sequence of str, optional
@@ -112,7 +119,8 @@ def distillation_loss(
     Raises
     ------
     OptionError
-        An option has a value out of its range, or names teachers of plain logits.
+        An option has a value out of its range, or names teachers of plain logits; or soft targets that are sampled were
+        to give logits, or another mean of several teachers than the arithmetic one.
     MergedCacheError
         A merged cache was asked for another mean than the geometric one, for weights or for teachers.
     ShapeError
@@ -225,14 +233,15 @@ def forward_kl(
     Summed as q - p - p (log q - log p): each term is at least 0, and the rounding of the two log-softmaxes cancels to
     first order. With 50,000 classes at temperature 1,000 in float32 the usual sum of p (log p - log q), multiplied by
     temperature^2, is off by 0.1; this one by 0.00001. The gradient with respect to log q is q - p, whose sum is
-    0, so that the gradient of a following log-softmax is the usual one. Where p is 0, the term is q.
+    0, so that the gradient of a following log-softmax is the usual one. With weights p that sum to another number s,
+    that gradient is s q - p, as for the cross-entropy: unbiased where p is. Where p is 0, the term is q.
 
     Parameters
     ----------
     log_student : Tensor [..., class]
         Normalised log-probabilities.
     log_soft_targets : Tensor [..., class]
-        Normalised log-probabilities.
+        Log-probabilities, or log-weights that are right on average; -inf for a class without any.
 
     Returns
     -------
@@ -257,7 +266,7 @@ def soft_cross_entropy(
     log_student : Tensor [..., class]
         Normalised log-probabilities.
     log_soft_targets : Tensor [..., class]
-        Normalised log-probabilities.
+        Log-probabilities, or log-weights that are right on average; -inf for a class without any.
 
     Returns
     -------
@@ -314,6 +323,38 @@ def logit_matching_loss(
     return _reduced(centred.square().sum(dim=-1) / (2 * num_classes), reduction)
 
 
+def logits_to_match(
+    soft_targets: SoftTargets,
+    *,
+    mean: Mean = "geometric",
+    weights: Weights | None = None,
+    teachers: Sequence[str] | None = None,
+) -> Float[Tensor, "row class"]:
+    """Give the logits that logit matching meets, up to a shift of each row.
+
+    Logit matching is the limit of a high temperature, so a codec that gives other logits at every temperature decodes
+    at 1,000: there softmax is linear to a thousandth of the logits' spread, and float32 still resolves a thousandth.
+
+    Parameters
+    ----------
+    soft_targets : SoftTargets
+        From a cache.
+    mean, weights, teachers
+        As in `distillation_loss`.
+
+    Raises
+    ------
+    OptionError
+        The soft targets are sampled: they have no logits.
+    MergedCacheError, ShapeError, UnknownTeacherError
+        As for `SoftTargets.log_probabilities`.
+    """
+    several = len(soft_targets.codes if teachers is None else teachers) > 1
+    if mean != "geometric" and (soft_targets.merge or (mean == "tempered-arithmetic" and several)):
+        return soft_targets.log_probabilities(1.0, mean=mean, weights=weights, teachers=teachers)
+    return soft_targets.mean_logits(temperature=_HIGH_TEMPERATURE, weights=weights, teachers=teachers)
+
+
 class _Ensemble:
     """The teachers' side of a batch, from a cache or from logits, with its mean chosen."""
 
@@ -349,13 +390,11 @@ class _Ensemble:
         )
 
     def logits(self) -> Tensor:
+        if isinstance(self._source, SoftTargets):
+            return logits_to_match(self._source, mean=self._mean, weights=self._weights, teachers=self._teachers)
         if self._mean == "tempered-arithmetic":
             return self.log_probabilities(1.0)
-        if isinstance(self._source, Tensor):
-            return mean_logits(self._source, weights=self._listed_weights)
-        if self._mean != "geometric" and self._source.merge:
-            return self.log_probabilities(1.0)  # refuses, and says why
-        return self._source.mean_logits(weights=self._weights, teachers=self._teachers)
+        return mean_logits(self._source, weights=self._listed_weights)
 
     @property
     def _listed_weights(self) -> Sequence[float] | None:

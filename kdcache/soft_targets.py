@@ -10,6 +10,11 @@ and each has its name here:
 
 With one teacher the three are the same.
 
+A cache of codec `TopK(tail="samples")` holds *log-weights* instead: log (p / probability of being kept) for the few
+classes of a row that are kept, already over the exact partition function, and -inf for all others. Their weights are
+unbiased at every temperature as they are, and a softmax would spoil that, so they are never normalised: a row sums to
+1 on average only. Of the means, the arithmetic one alone keeps them unbiased; the other two are refused.
+
 A *masked class*, with a logit of -inf, has the probability 0. The geometric mean masks a class that any member of
 weight above 0 masks; the arithmetic means only one that all of them mask. Where members leave no class that all of them
 allow, there is no geometric mean, and the row is NaN.
@@ -24,23 +29,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kdcache.codecs.base import Decoder, check_codes, checked_temperature
 from kdcache.errors import MergedCacheError, OptionError, ShapeError, UnknownTeacherError
+from kdcache.row_selection import RowIndex, row_positions, select_rows
 
 Mean = Literal["geometric", "arithmetic", "tempered-arithmetic"]
 """Name of a mean over teachers."""
 
 MEANS: tuple[Mean, ...] = get_args(Mean)
 """All names of means."""
-
-RowIndex = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.integer] | npt.NDArray[np.bool_] | Tensor
-"""What selects rows of a batch."""
 
 
 def soften(logits: Float[Tensor, "*batch class"], temperature: float | Tensor) -> Float[Tensor, "*batch class"]:
@@ -287,25 +288,46 @@ class SoftTargets:
         ShapeError
             There is no such row, a mask has another length than the batch, or the index is no index of rows.
         """
-        chosen = index if isinstance(index, slice) else _positions(index, len(self)).to(self.device)
+        chosen = index if isinstance(index, slice) else row_positions(index, len(self)).to(self.device)
         return SoftTargets(
-            tuple(_select(codes, chosen) for codes in self.codes),
+            tuple(select_rows(codes, chosen) for codes in self.codes),
             self.decoders,
             self.teacher_names,
             self.merge,
-            None if self.available is None else _select(self.available, chosen),
+            None if self.available is None else select_rows(self.available, chosen),
         )
 
-    def logits(self) -> Float[Tensor, "row teacher class"]:
+    @property
+    def depends_on_temperature(self) -> bool:
+        """Whether a teacher's codec decodes to other logits at every temperature, as `TopK` does."""
+        return any(decoder.codec.depends_on_temperature for decoder in self.decoders)
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether a teacher's codec gives log-weights in place of logits, as `TopK(tail="samples")` does."""
+        return any(decoder.codec.is_normalised for decoder in self.decoders)
+
+    def logits(self, *, temperature: float | Tensor = 1.0) -> Float[Tensor, "row teacher class"]:
         """Decode the logits.
+
+        Parameters
+        ----------
+        temperature : float or 0-dim Tensor, default 1.0
+            The one at which they will be softened. Codec `TopK` gives other logits at each; all others ignore it.
 
         Returns
         -------
         Tensor [row, teacher, class]
             float32; each row of each teacher is shifted by a number of its own, which softmax does not see. A merged
-            cache has one teacher: the mean. Rows that are not available are NaN.
+            cache has one teacher: the mean. Rows that are not available are NaN. Where `is_normalised`, they are
+            temperature * log-weight, for which softmax is wrong.
+
+        Raises
+        ------
+        TemperatureError
+            The temperature is not a finite number above 0.
         """
-        return self._decode(tuple(range(len(self.codes))))
+        return self._decode(tuple(range(len(self.codes))), checked_temperature(temperature))
 
     def probabilities(
         self,
@@ -320,7 +342,7 @@ class SoftTargets:
         Returns
         -------
         Tensor [row, class]
-            float32; each row sums to 1. Rows that are not available are NaN.
+            float32; each row sums to 1, where `is_normalised` on average. Rows that are not available are NaN.
         """
         return self.log_probabilities(temperature, mean=mean, weights=weights, teachers=teachers).exp()
 
@@ -334,7 +356,8 @@ class SoftTargets:
     ) -> Float[Tensor, "row class"]:
         """Give the natural logarithm of the soft targets at a temperature.
 
-        Decodes once. The module's docstring defines the means.
+        Decodes once, at the temperature; for the tempered-arithmetic mean of several teachers at 1. The module's
+        docstring defines the means.
 
         Parameters
         ----------
@@ -351,13 +374,14 @@ class SoftTargets:
         Returns
         -------
         Tensor [row, class]
-            float32. Rows that are not available are NaN.
+            float32. Rows that are not available are NaN. Where `is_normalised`, the log-weights as they are; of several
+            teachers, the logarithm of their weights' arithmetic mean.
 
         Raises
         ------
         OptionError
-            `mean` is no known mean; a weight is negative or not finite, or all are 0; a teacher is named twice, or
-            `teachers` is a text.
+            `mean` is no known mean, or one that sampled soft targets of several teachers do not have; a weight is
+            negative or not finite, or all are 0; a teacher is named twice, or `teachers` is a text.
         MergedCacheError
             The cache keeps only the geometric mean, and another mean, weights or teachers were asked for.
         ShapeError
@@ -367,23 +391,63 @@ class SoftTargets:
         UnknownTeacherError
             A name in `teachers` or `weights` is not of this ensemble, or `weights` lacks a selected teacher.
         """
+        divisor = checked_temperature(temperature)
         indices, ordered_weights = self._selection(mean, weights, teachers)
-        return log_mean_probabilities(
-            self._decode(indices), temperature=temperature, mean=mean, weights=ordered_weights
-        )
+        if any(self.decoders[index].codec.is_normalised for index in indices):
+            return self._log_mean_weights(indices, divisor, mean, ordered_weights)
+        softened_afterwards = mean == "tempered-arithmetic" and len(indices) > 1
+        members = self._decode(indices, 1.0 if softened_afterwards else divisor)
+        return log_mean_probabilities(members, temperature=divisor, mean=mean, weights=ordered_weights)
 
     def mean_logits(
         self,
         *,
+        temperature: float | Tensor = 1.0,
         weights: Sequence[float] | Mapping[str, float] | None = None,
         teachers: Sequence[str] | None = None,
     ) -> Float[Tensor, "row class"]:
-        """Give the mean of the teachers' logits, up to a shift of each row; parameters as in `log_probabilities`."""
-        indices, ordered_weights = self._selection("geometric", weights, teachers)
-        return mean_logits(self._decode(indices), weights=ordered_weights)
+        """Give the mean of the teachers' logits, up to a shift of each row.
 
-    def _decode(self, indices: tuple[int, ...]) -> Tensor:
-        decoded = [self.decoders[index].decode(self.codes[index]) for index in indices]
+        Parameters are those of `logits` and `log_probabilities`.
+
+        Raises
+        ------
+        OptionError
+            As for `log_probabilities`; or a teacher's soft targets are sampled: they have no logits.
+        MergedCacheError, ShapeError, TemperatureError, UnknownTeacherError
+            As for `log_probabilities`.
+        """
+        divisor = checked_temperature(temperature)
+        indices, ordered_weights = self._selection("geometric", weights, teachers)
+        if any(self.decoders[index].codec.is_normalised for index in indices):
+            raise OptionError(
+                "These soft targets are sampled (codec TopK, tail='samples'): a row holds weights of the few classes "
+                "that were drawn, and no logits to average or to match. Use a divergence on soft targets, such as "
+                "'forward-kl' at a high temperature, or build the cache with TopK(tail='class-means') or Codes()."
+            )
+        return mean_logits(self._decode(indices, divisor), weights=ordered_weights)
+
+    def _log_mean_weights(
+        self, indices: tuple[int, ...], temperature: float, mean: Mean, weights: Sequence[float] | None
+    ) -> Tensor:
+        if len(indices) > 1 and mean != "arithmetic":
+            raise OptionError(
+                f"The {mean} mean of {len(indices)} teachers needs the probability of every class from each, and these "
+                "soft targets are sampled (codec TopK, tail='samples'): most classes of a row have weight 0, which is "
+                "right on average only. Use mean='arithmetic', which stays unbiased; or one of the `teachers`; or "
+                "build the cache with merge='geometric', TopK(tail='class-means') or Codes()."
+            )
+        members = self._decode(indices, temperature) / temperature
+        log_weights = _weight_tensor(_normalised_weights(weights, members), members).log()[:, None]
+        if len(indices) == 1:
+            return members[:, 0]
+        for place, index in enumerate(indices):
+            if not self.decoders[index].codec.is_normalised:
+                members[:, place] = torch.log_softmax(members[:, place], dim=-1)
+        return torch.logsumexp(members + log_weights, dim=1)
+
+    def _decode(self, indices: tuple[int, ...], temperature: float) -> Tensor:
+        decoded = [self.decoders[index].decode(self.codes[index], temperature=temperature) for index in indices]
         logits = decoded[0][:, None] if len(decoded) == 1 else torch.stack(decoded, dim=1)
         if self.available is None:
             return logits
@@ -472,50 +536,3 @@ def _weights_by_name(weights: Mapping[str, float], names: tuple[str, ...], known
             "Name exactly the selected teachers; a weight may be 0."
         )
     return [weights[name] for name in names]
-
-
-def _positions(index: object, num_rows: int) -> Tensor:
-    """Turn whatever selects rows, but a slice, into row numbers from 0: int64 [index]."""
-    given = _index_tensor(index)
-    if given.dtype == torch.bool:
-        if given.shape != (num_rows,):
-            raise ShapeError(f"A mask of {num_rows} rows must have the shape ({num_rows},), got {tuple(given.shape)}.")
-        return given.nonzero()[:, 0]
-    given = given.to(torch.int64)
-    if given.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a check would wait for the device
-        _check_range(given, num_rows)
-    return torch.where(given < 0, given + num_rows, given)
-
-
-def _index_tensor(index: object) -> Tensor:
-    try:
-        given = index if isinstance(index, Tensor) else torch.from_numpy(np.array(index))
-    except (TypeError, ValueError) as error:
-        raise ShapeError(_no_index(index)) from error
-    if given.numel() == 0 and given.dtype != torch.bool and given.ndim == 1:
-        return given.to(torch.int64)  # an empty list has a floating-point type
-    is_number = given.ndim == 0 and given.dtype != torch.bool
-    if given.is_floating_point() or given.is_complex() or not (is_number or given.ndim == 1):
-        raise ShapeError(_no_index(index))
-    return given.reshape(1) if is_number else given
-
-
-def _no_index(index: object) -> str:
-    return (
-        "Rows are selected by an integer, a slice, a one-dimensional sequence of integers, or a mask of bool; "
-        f"got {index!r}."
-    )
-
-
-def _check_range(positions: Tensor, num_rows: int) -> None:
-    outside = positions[(positions < -num_rows) | (positions >= num_rows)]
-    if len(outside):
-        raise ShapeError(f"There is no row {int(outside[0])}: the batch has {num_rows} rows.")
-
-
-def _select(values: Tensor, positions: slice | Tensor) -> Tensor:
-    if isinstance(positions, slice):
-        return values[positions]
-    if values.dtype == torch.uint16:  # not every device selects uint16
-        return values.view(torch.int16).index_select(0, positions).view(torch.uint16)
-    return values.index_select(0, positions)

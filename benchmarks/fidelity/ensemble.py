@@ -36,6 +36,8 @@ def compare_ensemble(folder: Path, *, share: float = 1.0) -> list[dict[str, Any]
     }
     lines = []
     for name, setting, spec in named_specs(live.shape[2]):
+        if "samples" in name:  # sampled soft targets have no geometric mean
+            continue
         members = [Ours(name, setting, spec, one.pilot, folder / name / f"{setting}-{one.name}") for one in subjects]
         kept = [one.encode(subject.held_out)["codes"] for one, subject in zip(members, subjects, strict=True)]
         soft = SoftTargets(tuple(kept), tuple(one.decoder for one in members), MEMBERS)

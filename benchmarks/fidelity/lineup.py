@@ -79,7 +79,8 @@ def peer_entries(subject: Subject, budgets: Sequence[float], folder: Path) -> li
     entries = []
     for number, family in enumerate(_families(subject.num_classes)):
         sample = subject.pilot[torch.linspace(0, len(subject.pilot) - 1, _SIZING_ROWS).long()]
-        sizes = [family.default] + [_largest(family, budget, sample) for budget in budgets]
+        asked = budgets if family.is_main else budgets[len(budgets) // 2 :][:1]
+        sizes = [family.default] + [_largest(family, budget, sample) for budget in asked]
         for place, size in enumerate(dict.fromkeys(size for size in sizes if size)):
             peer = family.make(size)
             kept = peer.encode(subject.held_out)
@@ -91,11 +92,12 @@ def peer_entries(subject: Subject, budgets: Sequence[float], folder: Path) -> li
 
 @dataclass(frozen=True)
 class _Family:
-    """A system, up to the number that sets its size."""
+    """A system, up to the number that sets its size; one that is not a main one meets the middle budget only."""
 
     make: Callable[[int], Peer]
     default: int
     most: int
+    is_main: bool = True
 
 
 def named_specs(num_classes: int) -> Iterator[tuple[str, str, CodecSpec]]:
@@ -113,11 +115,13 @@ def _families(num_classes: int) -> list[_Family]:
     most = num_classes - 1
     return [
         _Family(lambda k: DistillKit(num_classes, k=k), 128, most),
-        _Family(lambda k: DistillKit(num_classes, k=k, leftover="zero"), 128, most),
+        _Family(lambda k: DistillKit(num_classes, k=k, leftover="zero"), 128, most, is_main=False),
         _Family(lambda k: TinyViT(num_classes, k=k), 100, most),
         _Family(lambda k: MlDr(num_classes, k=k), 10, most),
         _Family(lambda draws: RandomSampling(num_classes, draws), 50, _MOST_DRAWS),
-        _Family(lambda draws: RandomSampling(num_classes, draws, stored_temperature=2.0), 50, _MOST_DRAWS),
+        _Family(
+            lambda draws: RandomSampling(num_classes, draws, stored_temperature=2.0), 50, _MOST_DRAWS, is_main=False
+        ),
     ]
 
 

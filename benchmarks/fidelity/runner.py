@@ -67,7 +67,7 @@ def compare_teacher(name: str, folder: Path, *, share: float = 1.0) -> list[dict
     console = Console(stderr=True)
     subject = open_subject(name, share=share)
     ours = our_entries(subject, folder)
-    budgets = sorted({round(entry.sizes.row_bytes) for entry in ours})
+    budgets = sorted({round(entry.sizes.row_bytes) for entry in ours if "samples" not in entry.family})
     entries = ours + peer_entries(subject, budgets, folder)
     console.print(f"{name}: {len(entries)} contestants at about {budgets} bytes, {len(subject.held_out)} rows held out")
     fidelities = compare([one.contestant for one in entries], subject.held_out, [one.kept for one in entries])

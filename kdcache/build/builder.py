@@ -76,7 +76,7 @@ def build_cache(
         The examples.
     teachers : mapping of name to nn.Module, or sequence of Teacher
         The ensemble, in order.
-    codec : Lossless, Codes or Spectral, default Codes()
+    codec : Lossless, Codes, Spectral or TopK, default Codes()
         How logits are stored.
     max_kl : float, optional
         In place of a codec: the smallest cache whose mean KL, in nats, is at most this at temperatures 1, 2 and 4.

@@ -29,6 +29,7 @@ from kdcache.documents import (
     PlannedCodec,
     RateTarget,
     Spectral,
+    TopK,
 )
 from kdcache.errors import CacheExistsError, JobError, OptionError, TransferSetError
 from kdcache.store import CacheStore, layout
@@ -36,7 +37,7 @@ from kdcache.transfer_set import TransferSet
 
 Teachers = Mapping[str, nn.Module | Teacher] | Sequence[Teacher]
 Address = str | os.PathLike[str]
-SPECS: tuple[type[Document], ...] = (Codes, Lossless, Spectral, RateTarget)
+SPECS: tuple[type[Document], ...] = (Codes, Lossless, Spectral, TopK, RateTarget)
 
 
 @dataclass(frozen=True, kw_only=True)

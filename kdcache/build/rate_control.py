@@ -22,6 +22,7 @@ from kdcache.documents import (
     PlannedCodec,
     RateTarget,
     Spectral,
+    TopK,
 )
 from kdcache.errors import CodecError
 from kdcache.store.shards import ShardSpec, encode_shard
@@ -31,6 +32,7 @@ _GUARD_FACTOR = 2.0
 _TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
 _STEP_ROUNDS = 8
 MIN_ROWS_FOR_BASIS = 64
+_KEPT_CLASSES = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +164,10 @@ def _candidates(target: RateTarget, logits: Tensor, cache: CacheDocument, num_ro
             yield found
     elif target.bytes_per_row is not None:
         yield from _within_budget(target.bytes_per_row, logits, cache, num_rows)
+    for k in _KEPT_CLASSES:
+        found = _attempt(TopK(k=k), logits, cache) if k < cache.num_classes else None
+        if found is not None:
+            yield found
 
 
 def _attempt(spec: CodecSpec, logits: Tensor, cache: CacheDocument) -> Candidate | None:

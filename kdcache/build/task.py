@@ -9,10 +9,9 @@ from __future__ import annotations
 __all__ = ["Destination", "certify", "certify_codes", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
 
 import hashlib
-import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from kdcache.codecs import (
     codec_for,
     error_range,
     measure,
+    measure_codes,
     parameters_to,
     scaled_bounds,
 )
@@ -45,6 +45,9 @@ MEASURED_ELEMENTS = 2**21
 
 ADOPTED_ERROR_FACTOR = 4.0
 """How much further from our logits another builder's unrecorded shard may be than our own, before it is refused."""
+
+ADOPTED_KL = 0.02
+"""What its mean KL may be beyond that, in nats, where a codec has no error range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,16 +161,20 @@ def certify_codes(decoder: Decoder, logits: Tensor, codes: Tensor) -> Certificat
         On the codes' device.
     codes : Tensor [row, column]
     """
-    if not getattr(decoder.codec, "depends_on_temperature", False):
+    if not decoder.codec.depends_on_temperature:
         return certify(logits, decoder.decode(codes))
-    decode: Callable[..., Tensor] = decoder.decode
+    return _certificate(_measured(decoder, logits, codes))
+
+
+def _measured(decoder: Decoder, logits: Tensor, codes: Tensor) -> Tensor:
+    """Measure KL [row, temperature] at the ladder, on all rows or evenly spread ones."""
     rows = _measured_rows(logits)
-    chosen, kept = logits[rows], codes[rows]
-    columns = [measure(chosen, decode(kept, temperature=value), [value]) for value in LADDER]
-    return _certificate(torch.cat(columns, dim=1))
+    chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
+    return measure_codes(decoder, logits[rows], chosen, LADDER)
 
 
 def _measured_rows(logits: Tensor) -> Tensor:
+    """Choose all rows, or evenly spread ones."""
     num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
     return torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
 
@@ -192,34 +199,38 @@ def _certify_standing(
     standing = reader.read_shard(shard_index)[: len(ours)]
     if np.array_equal(standing, ours):
         return certificate
-    codes = torch.from_numpy(standing)
-    found, expected = _distance(destination.decoder, logits.cpu(), codes), _expected_distance(certificate)
-    if found > ADOPTED_ERROR_FACTOR * expected + 0.02 * (float(logits.max()) - _smallest_finite(logits)):
+    codes, on_cpu = torch.from_numpy(standing), logits.cpu()
+    foreign = _foreign(destination.decoder, on_cpu, codes, certificate)
+    if foreign:
         raise CorruptCacheError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
-            f"without a record, and its logits differ from the teacher's by up to {found:.3g} (ours: "
-            f"{expected:.3g}). It was not written by this build. Nothing was changed; delete the "
+            f"without a record, and {foreign}. It was not written by this build. Nothing was changed; delete the "
             "shard's file and run the same command again"
         )
-    return certify_codes(destination.decoder, logits.cpu(), codes)
+    return certify_codes(destination.decoder, on_cpu, codes)
+
+
+def _foreign(decoder: Decoder, logits: Tensor, codes: Tensor, ours: CertificateDocument) -> str | None:
+    """Say how another run's shard differs from the teacher, where it differs more than other hardware makes it."""
+    if ours.max_error_range is not None:
+        # infinite where other classes are masked
+        largest_error = float(error_range(logits, decoder.decode(codes)).max())
+        logit_span = float(logits.max()) - _smallest_finite(logits)
+        if largest_error <= ADOPTED_ERROR_FACTOR * ours.max_error_range + 0.02 * logit_span:
+            return None
+        return f"its logits differ from the teacher's by up to {largest_error:.3g} (ours: {ours.max_error_range:.3g})"
+    theirs = _measured(decoder, logits, codes).mean(dim=0).tolist()
+    for temperature, found, own in zip(ours.temperatures, theirs, ours.mean_kl, strict=True):
+        if not found <= ADOPTED_ERROR_FACTOR * own + ADOPTED_KL:
+            return (
+                f"its soft targets differ from the teacher's by {found:.3g} nats on average at temperature "
+                f"{temperature:g} (ours: {own:.3g})"
+            )
+    return None
 
 
 def _smallest_finite(logits: Tensor) -> float:
     return float(logits.masked_fill(logits.isneginf(), torch.inf).min())
-
-
-def _distance(decoder: Decoder, logits: Tensor, codes: Tensor) -> float:
-    """Give the largest error range of codes, infinite where they mask other classes, or as rough a measure of it."""
-    if getattr(decoder.codec, "depends_on_temperature", False):
-        return _expected_distance(certify_codes(decoder, logits, codes))
-    return float(error_range(logits, decoder.decode(codes)).max())
-
-
-def _expected_distance(certificate: CertificateDocument) -> float:
-    """Give the largest error range, or as rough a measure of it: the one whose Hoeffding bound the largest KL meets."""
-    if certificate.max_error_range is not None:
-        return certificate.max_error_range
-    return math.sqrt(8 * certificate.max_kl[0])
 
 
 def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:

@@ -17,7 +17,7 @@ from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, spectral_para
 from kdcache.build.pilot import RatePoint
 from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
-from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral
+from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK
 from kdcache.report import RatePoints, rate_curves
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -218,9 +218,9 @@ def _in_words(spec: CodecSpec) -> str:
         return f"basis of {spec.rank}, {how}"
     if isinstance(spec, Codes):
         return f"{spec.dtype} codes" + (", uniform" if spec.spacing == "uniform" else "")
-    options = {name: value for name, value in spec.to_mapping().items() if name != "kind"}
-    words = (value if isinstance(value, str) else f"{name} {value}" for name, value in options.items())
-    return f"{spec.kind} {', '.join(words)}"
+    if isinstance(spec, TopK):
+        return f"top-{spec.k}, tail {spec.tail}"
+    return f"{spec.kind} {spec.dtype}"
 
 
 def _basis_point(item: TeacherForecast) -> RatePoint | None:
@@ -238,7 +238,7 @@ def _break_even(forecast: Forecast, item: TeacherForecast) -> dict[str, int | No
     basis, codes = _basis_point(item), _codes_point(item)
     if basis is None:
         return None
-    against = {f"top-{k}": (float(TOP_K_BYTES * k), 0) for k in TOP_K if k < forecast.plan.cache.num_classes}
+    against = {f"plain top-{k}": (float(TOP_K_BYTES * k), 0) for k in TOP_K if k < forecast.plan.cache.num_classes}
     if codes is not None:
         against["uint8 codes"] = (codes.bytes_per_row, codes.parameter_bytes)
     return {
@@ -294,8 +294,14 @@ def _advice_of(forecast: Forecast, item: TeacherForecast) -> tuple[str, ...]:
 
 def _drawn(point: RatePoint) -> RatePoints:
     return RatePoints(
-        series="basis" if isinstance(point.codec, Spectral) else _in_words(point.codec),
+        series=_series(point.codec),
         bytes_per_row=point.bytes_per_row,
         kl={temperature: mean for temperature, (mean, _, _) in _kl(point.certificate).items()},
         is_choice=point.is_choice,
     )
+
+
+def _series(spec: CodecSpec) -> str:
+    if isinstance(spec, Spectral):
+        return "basis"
+    return f"top-k, tail {spec.tail}" if isinstance(spec, TopK) else _in_words(spec)

@@ -16,11 +16,13 @@ __all__ = [
     "Decoder",
     "LosslessCodec",
     "SpectralCodec",
+    "TopKCodec",
     "codec_for",
     "error_range",
     "fitted_codec",
     "kl_bound",
     "measure",
+    "measure_codes",
     "parameters_to",
     "scaled_bounds",
     "total_variation_bound",
@@ -36,9 +38,11 @@ from kdcache.codecs.base import Codec, Decoder, parameters_to
 from kdcache.codecs.bounds import BOUND_TEMPERATURES, scaled_bounds
 from kdcache.codecs.certificate import LADDER, error_range, kl_bound, measure, total_variation_bound
 from kdcache.codecs.codes import CodesCodec
+from kdcache.codecs.fidelity import measure_codes
 from kdcache.codecs.lossless import LosslessCodec
 from kdcache.codecs.spectral import SpectralCodec
-from kdcache.documents.codec_specs import CodecSpec, Lossless, Spectral
+from kdcache.codecs.topk import TopKCodec
+from kdcache.documents.codec_specs import CodecSpec, Lossless, Spectral, TopK
 
 
 def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
@@ -46,7 +50,7 @@ def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
 
     Parameters
     ----------
-    spec : Lossless or Codes
+    spec : Lossless, Codes or TopK
         The kind of codec and its options.
     num_classes : int
         Classes of the teacher, at least 1.
@@ -78,6 +82,8 @@ def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
         return LosslessCodec(spec, num_classes)
     if isinstance(spec, Spectral):
         return SpectralCodec(spec, num_classes)
+    if isinstance(spec, TopK):
+        return TopKCodec(spec, num_classes)
     return CodesCodec(spec, num_classes)
 
 

@@ -75,6 +75,18 @@ class Codec(Protocol):
     def fill(self) -> float:
         """Reserved code of a hole: never written for a row that exists (int for integer codes)."""
 
+    @property
+    def depends_on_temperature(self) -> bool:
+        """Whether `decode` gives other logits at every temperature; if not, it ignores the temperature."""
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether decoded / temperature are log-weights, -inf for classes not kept, whose weights are right on average.
+
+        They are used as they are: a softmax over them would make them biased. Where this is False, decoded are logits,
+        and their softmax at the temperature are the soft targets.
+        """
+
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Fit the parameters to the pilot's logits; deterministic, and the pilot may lie on any device.
 
@@ -119,9 +131,11 @@ class Codec(Protocol):
         """
 
     def decode(
-        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor], *, temperature: float = 1.0
     ) -> Float[Tensor, "row class"]:
         """Decode codes, on their device, into float32 logits that may be shifted by a number of their row's own.
+
+        `temperature` is the one at which they will be softened; see `depends_on_temperature` and `is_normalised`.
 
         A masked class is -inf again.
 
@@ -131,6 +145,8 @@ class Codec(Protocol):
             The codes have another dtype than `storage_dtype`.
         ShapeError
             The codes have another number of columns.
+        TemperatureError
+            The codec depends on the temperature, which is not a finite number above 0.
         """
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
@@ -167,9 +183,9 @@ class Decoder:
     def __reduce__(self) -> tuple[type[Decoder], tuple[Codec, dict[str, Tensor]]]:
         return type(self), (self.codec, dict(self.parameters))
 
-    def decode(self, codes: Shaped[Tensor, "row column"]) -> Float[Tensor, "row class"]:
-        """Decode codes into float32 logits; see `Codec.decode`."""
-        return self.codec.decode(codes, self._prepared)
+    def decode(self, codes: Shaped[Tensor, "row column"], *, temperature: float = 1.0) -> Float[Tensor, "row class"]:
+        """Decode codes into float32 logits, to be softened at `temperature`; see `Codec.decode`."""
+        return self.codec.decode(codes, self._prepared, temperature=temperature)
 
     def encode(self, logits: Float[Tensor, "row class"]) -> Shaped[Tensor, "row column"]:
         """Encode logits with these parameters; see `Codec.encode`."""

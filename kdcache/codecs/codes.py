@@ -7,6 +7,7 @@ __all__ = ["MAX_EXPONENT", "WIDEST_MEAN_SPACING", "CodesCodec"]
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -136,7 +137,17 @@ class CodesCodec:
         """Logits that a row's unmasked classes may span: 1,012 with uint8 codes, 262,132 with uint16."""
         return WIDEST_MEAN_SPACING * self._last_code
 
-    def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[np.float32]]:
+    @property
+    def depends_on_temperature(self) -> bool:
+        """False: the logits serve every temperature."""
+        return False
+
+    @property
+    def is_normalised(self) -> bool:
+        """False: decoded logits are softened by a softmax."""
+        return False
+
+    def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Fit the codebook to the pilot.
 
         The codebook's range minimises the mean over the pilot's rows of the squared range that each row is coded with,
@@ -251,7 +262,11 @@ class CodesCodec:
         return codes
 
     def decode(
-        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+        self,
+        codes: Shaped[Tensor, "row column"],
+        parameters: Mapping[str, Tensor],
+        *,
+        temperature: float = 1.0,  # noqa: ARG002 - every codec takes it
     ) -> Float32[Tensor, "row class"]:
         """Give -codebook[code] * 2^h, and -inf for a masked class: the logits, shifted to a row's maximum of 0.
 
@@ -265,6 +280,8 @@ class CodesCodec:
             uint8 or uint16.
         parameters : Mapping[str, Tensor]
             Of `fit`, on the codes' device.
+        temperature : float, default 1.0
+            Ignored: the logits serve every temperature.
 
         Returns
         -------

@@ -6,8 +6,8 @@ __all__ = ["LosslessCodec"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -76,7 +76,17 @@ class LosslessCodec:
         """NaN, or for bfloat16 the bits 0xFFFF, which are a NaN: no logit has them."""
         return 0xFFFF if self.spec.dtype == "bfloat16" else float("nan")
 
-    def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[np.float32]]:
+    @property
+    def depends_on_temperature(self) -> bool:
+        """False: the logits serve every temperature."""
+        return False
+
+    @property
+    def is_normalised(self) -> bool:
+        """False: decoded logits are softened by a softmax."""
+        return False
+
+    def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Check that the pilot can be held exactly; there is nothing to fit.
 
         Raises
@@ -145,7 +155,11 @@ class LosslessCodec:
         return stored.view(torch.uint16) if self.spec.dtype == "bfloat16" else stored
 
     def decode(
-        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+        self,
+        codes: Shaped[Tensor, "row column"],
+        parameters: Mapping[str, Tensor],
+        *,
+        temperature: float = 1.0,  # noqa: ARG002 - every codec takes it
     ) -> Float[Tensor, "row class"]:
         """Give the very logits that were encoded, as float32; a fill code becomes NaN.
 
@@ -155,6 +169,8 @@ class LosslessCodec:
             Of type `storage_dtype`.
         parameters : Mapping[str, Tensor]
             Empty.
+        temperature : float, default 1.0
+            Ignored: the logits serve every temperature.
 
         Returns
         -------

@@ -179,6 +179,16 @@ class SpectralCodec:
         """Reserved code of a hole: 65,535."""
         return 65535
 
+    @property
+    def depends_on_temperature(self) -> bool:
+        """False: the logits serve every temperature."""
+        return False
+
+    @property
+    def is_normalised(self) -> bool:
+        """False: decoded logits are softened by a softmax."""
+        return False
+
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Fit to the pilot a basis of exactly this codec's rank; see `fitted`.
 
@@ -270,7 +280,11 @@ class SpectralCodec:
         return codes
 
     def decode(
-        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+        self,
+        codes: Shaped[Tensor, "row column"],
+        parameters: Mapping[str, Tensor],
+        *,
+        temperature: float = 1.0,  # noqa: ARG002 - every codec takes it
     ) -> Float32[Tensor, "row class"]:
         """Give mean + step q @ basis: the logits, centred over their classes up to rounding.
 
@@ -282,6 +296,8 @@ class SpectralCodec:
             uint16.
         parameters : Mapping[str, Tensor]
             Of `fit`, on the codes' device, prepared or not.
+        temperature : float, default 1.0
+            Ignored: the logits serve every temperature.
 
         Returns
         -------

@@ -41,6 +41,7 @@ __all__ = [
     "StudentSweep",
     "TeacherDocument",
     "TeacherSource",
+    "TopK",
     "View",
     "completed_teacher",
     "differences",
@@ -53,7 +54,7 @@ from typing import Any
 
 from kdcache.documents.base import GIVEN, Document, differences
 from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
-from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, PlannedCodec, RateTarget, Spectral
+from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, PlannedCodec, RateTarget, Spectral, TopK
 from kdcache.documents.completion import completed_teacher, digest_of_digests, merged_bounds
 from kdcache.documents.histogram import Histogram
 from kdcache.documents.job import (

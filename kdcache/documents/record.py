@@ -42,7 +42,10 @@ class BoundDocument(Document):
 
 
 class CertificateDocument(Document):
-    """Fidelity measured on real rows while they were encoded; KL is KL(teacher || decoded), in nats."""
+    """Fidelity measured on real rows while they were encoded; KL is KL(teacher || decoded), in nats.
+
+    For codec `topk` with tail `samples`, KL is of the kept classes and of all others as one class.
+    """
 
     title: ClassVar[str] = "certificate"
 

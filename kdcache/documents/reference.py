@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from kdcache.documents.base import Document
-from kdcache.documents.codec_specs import Codes, Lossless, Spectral
+from kdcache.documents.codec_specs import Codes, Lossless, Spectral, TopK
 from kdcache.documents.job import (
     BuildOptions,
     CacheOptions,
@@ -30,6 +30,7 @@ _SECTIONS: tuple[tuple[str, type[Document]], ...] = (
     ('`[cache] codec = { kind = "codes", ... }`', Codes),
     ('`[cache] codec = { kind = "lossless", ... }`', Lossless),
     ('`[cache] codec = { kind = "spectral", ... }`', Spectral),
+    ('`[cache] codec = { kind = "topk", ... }`', TopK),
     ("`[transfer_set]`, `[evaluation]`, `subset = { ... }`", Factory),
     ("`[[teachers]]`", TeacherSource),
     ("`[build]`", BuildOptions),

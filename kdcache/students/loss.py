@@ -1,8 +1,8 @@
 """The loss of many students at once, each with its own temperature and soft weight.
 
 The same numbers as one `kdcache.losses.distillation_loss` a student, in a few operations for all of them: the soft
-targets are decoded once a batch and softened once a temperature. Students share no parameters, so the sum of their
-losses has the gradients of each.
+targets are decoded once a batch (for a codec that depends on the temperature once a temperature) and softened once a
+temperature. Students share no parameters, so the sum of their losses has the gradients of each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcache.errors import MergedCacheError, ShapeError
-from kdcache.losses import Divergence, forward_kl, logit_matching_loss, soft_cross_entropy
+from kdcache.losses import Divergence, forward_kl, logit_matching_loss, logits_to_match, soft_cross_entropy
 from kdcache.soft_targets import Mean, SoftTargets, at_least_float32, log_mean_probabilities, mean_logits
 from kdcache.students.lineup import StudentSettings
 
@@ -101,6 +101,8 @@ class SideBySideLoss:
             Students, soft targets and labels differ in rows or classes, or labels are missing.
         MergedCacheError
             Soft targets that keep the geometric mean only were asked for another one.
+        OptionError
+            Sampled soft targets were to give logits, or another mean of several teachers than the arithmetic one.
         """
         logits = at_least_float32(student_logits).flatten(1, -2)
         total = logits.new_zeros(len(logits))
@@ -121,23 +123,26 @@ class SideBySideLoss:
                 f"mean={self._mean!r} needs every teacher's logits, and this cache keeps their geometric mean only; "
                 "give mean='geometric', or build a cache without merge"
             )
-        teacher_logits = soft_targets.logits()
-        if logits.shape[1] != teacher_logits.shape[0] or logits.shape[2] != teacher_logits.shape[-1]:
+        if logits.shape[1] != len(soft_targets) or logits.shape[2] != soft_targets.num_classes:
             raise ShapeError(
                 f"students give {logits.shape[1]} rows of {logits.shape[2]} classes, the soft targets are "
-                f"{teacher_logits.shape[0]} rows of {teacher_logits.shape[-1]} classes; a student must give one row of "
+                f"{len(soft_targets)} rows of {soft_targets.num_classes} classes; a student must give one row of "
                 "logits for each cached row, and the teachers' classes"
             )
         if self._divergence == "logit-matching":
-            wanted = self._logits_to_match(teacher_logits).to(logits.dtype).expand_as(logits)
+            wanted = logits_to_match(soft_targets, mean=self._mean).to(logits.dtype).expand_as(logits)
             return logit_matching_loss(logits, wanted, reduction="none").mean(dim=1)
         compare = forward_kl if self._divergence == "forward-kl" else soft_cross_entropy
         log_students = torch.log_softmax(logits / self._own_temperature, dim=2)
-        per_row = compare(log_students, self._log_soft_targets(teacher_logits).to(logits.dtype))
+        per_row = compare(log_students, self._log_soft_targets(soft_targets).to(logits.dtype))
         return per_row.mean(dim=1) * self._own_temperature.flatten() ** 2
 
-    def _log_soft_targets(self, teacher_logits: Tensor) -> Tensor:
+    def _log_soft_targets(self, soft_targets: SoftTargets) -> Tensor:
         """Soften once a temperature, and give each student its own [student, row, class]."""
+        if soft_targets.depends_on_temperature:
+            softened = [soft_targets.log_probabilities(value, mean=self._mean) for value in self.temperatures]
+            return torch.stack(softened).index_select(0, self._group)
+        teacher_logits = soft_targets.logits()
         if self._mean == "geometric":  # the mean of the logits serves all temperatures
             teacher_logits = mean_logits(teacher_logits).unsqueeze(1)
         softened = [
@@ -145,11 +150,6 @@ class SideBySideLoss:
             for temperature in self.temperatures
         ]
         return torch.stack(softened).index_select(0, self._group)
-
-    def _logits_to_match(self, teacher_logits: Tensor) -> Tensor:
-        if self._mean == "tempered-arithmetic":
-            return log_mean_probabilities(teacher_logits, temperature=1.0, mean=self._mean)
-        return mean_logits(teacher_logits)
 
 
 def _hard_terms(logits: Tensor, labels: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import Codes, Lossless, SoftTargetLoader, build_cache, distillation_loss, open_cache
+from kdcache import Codes, Lossless, SoftTargetLoader, TopK, build_cache, distillation_loss, open_cache
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
 MEANS = ("geometric", "arithmetic")
@@ -83,3 +83,61 @@ def test_training_from_the_cache_goes_as_training_from_the_live_teachers(cache, 
             for inputs, labels, _ in batches
         ]
     assert train_a_little(batches) == pytest.approx(train_a_little(live), rel=1e-3)
+
+
+@pytest.fixture(
+    scope="module", params=[TopK(k=4), TopK(k=4, tail="samples", num_samples=3)], ids=lambda spec: spec.tail
+)
+def topk_cache(request, tmp_path_factory, digits, digit_teachers):
+    address = tmp_path_factory.mktemp("topk") / "cache"
+    build_cache(address, digits.transfer_set, digit_teachers, codec=request.param)
+    return open_cache(address)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_the_largest_probabilities_are_those_of_the_live_teachers(topk_cache, digits, live_logits, temperature):
+    soft_targets = topk_cache.read(range(len(digits.labels)))
+    for index, name in enumerate(topk_cache.teacher_names):
+        live, kept = torch.softmax(live_logits[:, index] / temperature, dim=1).topk(4, dim=1)
+        cached = soft_targets.probabilities(temperature, teachers=[name]).gather(1, kept)
+        assert float((cached - live).abs().max()) < 0.06 / temperature
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_no_row_is_further_from_its_teacher_than_was_measured(topk_cache, digits, live_logits, temperature):
+    """Of the kept classes and all others as one: Pinsker's inequality, with what every row was measured to lose."""
+    soft_targets = topk_cache.read(range(len(digits.labels)))
+    measured = topk_cache.certificate(temperature)
+    assert measured.num_measured_rows == 3 * len(digits.labels)
+    for index, name in enumerate(topk_cache.teacher_names):
+        live, kept = torch.softmax(live_logits[:, index].double() / temperature, dim=1).topk(4, dim=1)
+        cached = soft_targets.probabilities(temperature, teachers=[name]).double().gather(1, kept)
+        distance = ((cached - live).abs().sum(dim=1) + (cached.sum(dim=1) - live.sum(dim=1)).abs()) / 2
+        assert float(distance.max()) <= (measured.max_kl / 2) ** 0.5 + 1e-5
+
+
+LEAST_AGREEMENT = {"class-means": 0.9, "samples": 0.97}
+"""Class means give every row the same shape of tail, which teaches a student something else; samples are unbiased."""
+
+
+def test_training_from_topk_goes_about_as_training_from_the_live_teachers(topk_cache, digits, digit_teachers):
+    with torch.no_grad():
+        live = torch.stack([teacher(digits.inputs) for teacher in digit_teachers.values()], dim=1)
+    cached = topk_cache.read(range(len(digits.labels)))
+    students = [train_on(digits.inputs, soft_targets) for soft_targets in (cached, live)]
+    agree = students[0].argmax(dim=1) == students[1].argmax(dim=1)
+    tail = next(iter(topk_cache.teachers.values())).codec.tail
+    assert float(agree.float().mean()) > LEAST_AGREEMENT[tail]
+
+
+def train_on(inputs, soft_targets):
+    """Logits of a student that has learned the arithmetic mean of the soft targets at temperature 4."""
+    torch.manual_seed(0)
+    student = nn.Linear(64, 10)
+    optimizer = torch.optim.SGD(student.parameters(), 0.05)
+    for _ in range(100):
+        loss = distillation_loss(student(inputs), soft_targets, temperature=4.0, soft_weight=1.0, mean="arithmetic")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return student(inputs).detach()

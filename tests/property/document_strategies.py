@@ -18,6 +18,7 @@ from kdcache.documents import (
     PlanDocument,
     Record,
     TeacherDocument,
+    TopK,
     View,
 )
 
@@ -30,6 +31,7 @@ weights = st.floats(0, 1)
 codec_specs = st.one_of(
     st.builds(Lossless, dtype=st.sampled_from(["float32", "float16", "bfloat16"])),
     st.builds(Codes, dtype=st.sampled_from(["uint8", "uint16"]), spacing=st.sampled_from(["uniform", "companded"])),
+    st.builds(TopK, k=st.integers(1, 4096), tail=st.sampled_from(["class-means", "samples"]), step=st.floats(2**-6, 1)),
 )
 views = st.builds(View, name=names, seed=st.integers(0, 2**63 - 1))
 fingerprints = st.builds(

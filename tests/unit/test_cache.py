@@ -18,7 +18,7 @@ from tiny_caches import (
     tiny_transfer_set,
 )
 
-from kdcache import Codes, TransferSet, open_cache
+from kdcache import Codes, TopK, TransferSet, open_cache
 from kdcache.codecs import LADDER, measure
 from kdcache.documents import CertificateDocument, Histogram
 from kdcache.errors import (
@@ -547,3 +547,17 @@ def test_views_read_from_memory_as_from_files(tmp_path):
     before = cache.read([7, 30], view_index=1).logits()
     cache.hold_in_memory()
     assert torch.equal(cache.read([7, 30], view_index=1).logits(), before)
+
+
+def test_a_cache_of_topk_is_certified_by_what_was_measured_alone(tmp_path):
+    cache = build_tiny(tmp_path / "cache", codec=TopK(k=2))
+    certificate = cache.certificate(4.0)
+    assert (certificate.kl_bound, certificate.total_variation_bound) == (None, None)
+    assert 0 < certificate.mean_kl < certificate.max_kl
+
+
+def test_a_measured_kl_of_topk_is_that_of_its_soft_targets_there(tmp_path):
+    cache = build_tiny(tmp_path / "cache", codec=TopK(k=2))
+    read = cache.read(range(40)).log_probabilities(4.0, teachers=["a"])
+    measured = measure(teacher_logits()[:, 0].double() / 4, read, [1.0])
+    assert cache.certificate(4.0, teachers=["a"]).max_kl == pytest.approx(float(measured.max()), rel=1e-3)

@@ -7,9 +7,16 @@ import torch
 from torch.nn import functional
 
 from kdcache.codecs import Decoder, codec_for, parameters_to
-from kdcache.documents import Codes, Lossless
+from kdcache.documents import Codes, Lossless, TopK
 from kdcache.errors import MergedCacheError, OptionError, ShapeError, TemperatureError, UnknownTeacherError
-from kdcache.losses import DistillationLoss, distillation_loss, forward_kl, logit_matching_loss, soft_cross_entropy
+from kdcache.losses import (
+    DistillationLoss,
+    distillation_loss,
+    forward_kl,
+    logit_matching_loss,
+    logits_to_match,
+    soft_cross_entropy,
+)
 from kdcache.soft_targets import SoftTargets, log_mean_probabilities
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -450,6 +457,92 @@ def test_a_student_in_bfloat16_has_a_float32_loss(divergence):
 def test_plain_teacher_logits_follow_the_student_to_its_device(teacher, divergence):
     found = distillation_loss(STUDENT.to("meta"), teacher, LABELS, temperature=4.0, divergence=divergence)
     assert found.device.type == "meta"
+
+
+# --- sampled soft targets, and codecs that depend on the temperature
+
+ONE_TEACHER = torch.randn(1, 20, generator=torch.Generator().manual_seed(5)) * 2
+ONE_STUDENT = torch.randn(1, 20, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 2
+
+
+def in_topk(logits, **options):
+    """Soft targets [row] of one teacher."""
+    codec = codec_for(TopK(**options), logits.shape[-1])
+    decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    return SoftTargets((codec.encode(logits, decoder.parameters),), (decoder,), ("a",))
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "cross-entropy"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_gradients_from_sampled_soft_targets_are_right_on_average(divergence, temperature):
+    noise = torch.randn(6000, 20, generator=torch.Generator().manual_seed(0)) * 1e-5  # other rows, other draws
+    soft_targets = in_topk(ONE_TEACHER + noise, k=2, tail="samples", num_samples=4, step=2.0**-6)
+    draws = soft_gradient(ONE_STUDENT.repeat(6000, 1), soft_targets, temperature, divergence)
+    expected = soft_gradient(ONE_STUDENT, ONE_TEACHER.double(), temperature, divergence)[0]
+    error = draws.std(0) / len(draws) ** 0.5
+    assert float(error.max()) < 0.05 * float(expected.abs().max())
+    assert bool(((draws.mean(0) - expected).abs() <= 5 * error + 0.01 * expected.abs().max()).all())
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "cross-entropy"])
+def test_classes_that_were_not_drawn_leave_loss_and_gradient_finite(divergence):
+    soft_targets = in_topk(ONE_TEACHER, k=2, tail="samples", num_samples=4)
+    assert bool(soft_targets.log_probabilities(2.0).isneginf().any())
+    assert bool(soft_gradient(ONE_STUDENT, soft_targets, 2.0, divergence).isfinite().all())
+    loss = distillation_loss(ONE_STUDENT, soft_targets, temperature=2.0, soft_weight=1.0, divergence=divergence)
+    assert bool(loss.isfinite())
+
+
+@pytest.mark.parametrize("compare", [forward_kl, soft_cross_entropy])
+def test_a_class_without_probability_costs_what_its_absence_costs(compare):
+    log_student = torch.log_softmax(STUDENT, 1)
+    log_targets = torch.log_softmax(TEACHER, 1)
+    log_targets[:, 2] = -torch.inf
+    p = log_targets.exp()
+    expected = -(p * log_student).sum(1)
+    if compare is forward_kl:
+        rest = [0, 1, 3, 4]
+        expected = expected + (p * log_targets)[:, rest].sum(1) + 1 - p.sum(1)
+    torch.testing.assert_close(compare(log_student, log_targets), expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_row_that_is_not_available_makes_every_loss_nan(divergence):
+    soft_targets = cached(MEMBERS, available=torch.tensor([True, True, False, True, True, True, True]))
+    options = {"temperature": 2.0, "soft_weight": 1.0, "divergence": divergence, "reduction": "none"}
+    found = distillation_loss(STUDENT.float(), soft_targets, **options)
+    assert found.isnan().nonzero().tolist() == [[2]]
+
+
+def test_the_loss_from_topk_is_taken_at_its_temperature():
+    soft_targets = in_topk(ONE_TEACHER.repeat(3, 1), k=4)
+    student = ONE_STUDENT.repeat(3, 1)
+    decoded = soft_targets.logits(temperature=4.0)[:, 0].double()
+    found = distillation_loss(student, soft_targets, temperature=4.0, soft_weight=1.0)
+    torch.testing.assert_close(found, distillation_loss(student, decoded, temperature=4.0, soft_weight=1.0))
+
+
+def test_logit_matching_with_sampled_soft_targets_is_refused():
+    soft_targets = in_topk(ONE_TEACHER, k=2, tail="samples")
+    with pytest.raises(OptionError, match="sampled"):
+        distillation_loss(ONE_STUDENT, soft_targets, temperature=2.0, soft_weight=1.0, divergence="logit-matching")
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_logit_matching_meets_the_logits_that_topk_gives_at_a_high_temperature(mean):
+    rows = torch.randn(50, 20, generator=torch.Generator().manual_seed(7)) * 2
+    found = logits_to_match(in_topk(rows, k=4), mean=mean)
+    found, true = (values - values.mean(1, keepdim=True) for values in (found, rows))
+    top = rows.topk(4, 1).indices
+    torch.testing.assert_close(found.gather(1, top), true.gather(1, top), rtol=0, atol=0.15)
+
+
+def test_logit_matching_goes_on_where_forward_kl_from_topk_tends():
+    rows = torch.randn(50, 20, generator=torch.Generator().manual_seed(7)) * 2
+    student = torch.randn(50, 20, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    soft_targets = in_topk(rows, k=4)
+    matched = soft_gradient(student, soft_targets, 1.0, "logit-matching")
+    torch.testing.assert_close(soft_gradient(student, soft_targets, 300.0), matched, rtol=0.02, atol=5e-4)
 
 
 # --- masked classes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdcache.codecs import Decoder, codec_for, parameters_to
-from kdcache.documents import Codes, Lossless
+from kdcache.documents import Codes, Lossless, TopK
 from kdcache.errors import (
     CodecError,
     MergedCacheError,
@@ -434,6 +434,133 @@ def test_a_mask_of_another_length_is_refused(ensemble):
         SoftTargets(
             ensemble.codes, ensemble.decoders, ensemble.teacher_names, available=torch.ones(5, dtype=torch.bool)
         )
+
+
+# --- codecs that depend on the temperature
+
+WIDE = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
+CLASS_MEANS = TopK(k=4)
+SAMPLES = TopK(k=4, tail="samples", num_samples=6)
+
+
+def decoded(soft_targets, teacher_index, temperature):
+    """Decoded / temperature of one teacher."""
+    decoder, codes = soft_targets.decoders[teacher_index], soft_targets.codes[teacher_index]
+    return decoder.decode(codes, temperature=temperature) / temperature
+
+
+@pytest.fixture
+def class_means():
+    return coded(WIDE, CLASS_MEANS, ("a", "b"))
+
+
+@pytest.fixture
+def samples():
+    return coded(WIDE, SAMPLES, ("a", "b"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 8.0])
+def test_the_largest_probabilities_of_topk_are_right_at_the_temperature_asked_for(class_means, temperature):
+    true = torch.softmax(WIDE[:, 0] / temperature, 1)
+    expected, top = true.topk(4, 1)
+    found = class_means.probabilities(temperature, teachers=["a"]).double().gather(1, top)
+    torch.testing.assert_close(found, expected, rtol=0.3 / temperature, atol=0)
+
+
+def test_logits_are_decoded_at_the_temperature_asked_for(class_means):
+    torch.testing.assert_close(class_means.logits(temperature=4.0)[:, 1], 4 * decoded(class_means, 1, 4.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_geometric_mean_of_topk_is_that_of_the_soft_targets_at_the_temperature(class_means, temperature):
+    expected = torch.softmax((decoded(class_means, 0, temperature) + decoded(class_means, 1, temperature)) / 2, 1)
+    torch.testing.assert_close(class_means.probabilities(temperature), expected)
+
+
+def test_the_tempered_arithmetic_mean_of_topk_is_taken_at_temperature_1(class_means):
+    mixture = sum(torch.softmax(decoded(class_means, index, 1.0), 1) for index in range(2)) / 2
+    found = class_means.probabilities(4.0, mean="tempered-arithmetic")
+    torch.testing.assert_close(found, torch.softmax(mixture.log() / 4, 1))
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_the_three_means_of_one_teacher_are_the_same_for_topk(class_means, mean):
+    found = class_means.log_probabilities(4.0, mean=mean, teachers=["a"])
+    torch.testing.assert_close(found, torch.log_softmax(decoded(class_means, 0, 4.0), 1))
+
+
+def test_mean_logits_of_topk_are_decoded_at_the_temperature(class_means):
+    expected = 8 * (decoded(class_means, 0, 8.0) + decoded(class_means, 1, 8.0)) / 2
+    torch.testing.assert_close(class_means.mean_logits(temperature=8.0), expected)
+
+
+@pytest.mark.parametrize("ask", ["logits", "mean_logits"])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_logits_need_a_temperature_that_is_one(ensemble, ask, temperature):
+    with pytest.raises(TemperatureError):
+        getattr(ensemble, ask)(temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("spec", "depends_on_temperature", "is_normalised"),
+    [(Codes(), False, False), (CLASS_MEANS, True, False), (SAMPLES, True, True)],
+    ids=str,
+)
+def test_soft_targets_say_what_their_codec_decodes_to(spec, depends_on_temperature, is_normalised):
+    soft_targets = coded(WIDE, spec, ("a", "b"))
+    assert (soft_targets.depends_on_temperature, soft_targets.is_normalised) == (depends_on_temperature, is_normalised)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_sampled_weights_of_one_teacher_are_given_as_they_are(samples, mean, temperature):
+    found = samples.log_probabilities(temperature, mean=mean, teachers=["b"])
+    assert torch.equal(found, decoded(samples, 1, temperature))
+
+
+def test_sampled_weights_are_not_normalised(samples):
+    assert float((samples.probabilities(1.0, teachers=["a"]).sum(1) - 1).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
+def test_the_arithmetic_mean_of_sampled_weights_is_that_of_the_weights(samples, weights):
+    share = 0.5 if weights is None else 0.75
+    expected = share * decoded(samples, 0, 2.0).exp() + (1 - share) * decoded(samples, 1, 2.0).exp()
+    found = samples.probabilities(2.0, mean="arithmetic", weights=weights)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mean", ["geometric", "tempered-arithmetic"])
+def test_other_means_of_several_sampled_teachers_are_refused_with_a_remedy(samples, mean):
+    with pytest.raises(
+        OptionError, match=rf"{mean} mean of 2 teachers .* right on average only.* Use mean='arithmetic'"
+    ):
+        samples.log_probabilities(2.0, mean=mean)
+
+
+@pytest.mark.parametrize("teachers", [None, ["a"]])
+def test_sampled_soft_targets_have_no_mean_logits(samples, teachers):
+    with pytest.raises(OptionError, match=r"no logits to average or to match\. Use a divergence on soft targets"):
+        samples.mean_logits(teachers=teachers)
+
+
+def test_a_merged_cache_of_samples_gives_its_weights():
+    merged = coded(WIDE.mean(1, keepdim=True), SAMPLES, ("a",))
+    merged = SoftTargets(merged.codes, merged.decoders, ("a", "b"), "geometric")
+    assert torch.equal(merged.log_probabilities(2.0), decoded(merged, 0, 2.0))
+
+
+def test_a_sampled_teacher_beside_one_with_every_logit_keeps_its_weights(samples):
+    codes = coded(WIDE, Codes(), ("a", "b"))
+    mixed = SoftTargets((samples.codes[0], codes.codes[1]), (samples.decoders[0], codes.decoders[1]), ("a", "b"))
+    expected = (decoded(mixed, 0, 2.0).exp() + torch.softmax(decoded(mixed, 1, 2.0), 1)) / 2
+    torch.testing.assert_close(mixed.probabilities(2.0, mean="arithmetic"), expected)
+
+
+def test_a_sampled_row_that_is_not_available_is_nan(samples):
+    available = torch.tensor([True, False, True, True, True, True])
+    part = SoftTargets(samples.codes, samples.decoders, samples.teacher_names, available=available)
+    assert torch.equal(part.probabilities(2.0, teachers=["a"]).isnan().all(1), ~available)
 
 
 # --- masked classes

@@ -18,7 +18,7 @@ from tiny_caches import (
 from torch import nn
 
 import kdcache
-from kdcache import Codes, Lossless, TransferSet, open_cache, verify_cache
+from kdcache import Codes, Lossless, TopK, TransferSet, open_cache, verify_cache
 from kdcache.build import BuildProgress, ModuleTeacher, SourcedTeacher
 from kdcache.build.executors import InProcessExecutor
 from kdcache.documents import Fingerprint, TeacherSource
@@ -76,6 +76,26 @@ def test_every_codec_keeps_the_soft_targets(folder, codec):
     cache = build_tiny(folder, codec=codec)
     expected = torch.softmax(logits_of(*tiny_teachers().values()) / 2, -1)
     assert torch.allclose(torch.softmax(cache.read(ALL).logits() / 2, -1), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("tail", ["class-means", "samples"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_topk_keeps_the_largest_soft_targets(folder, tail, temperature):
+    cache = build_tiny(folder, codec=TopK(k=2, tail=tail, num_samples=2))
+    expected, kept = torch.softmax(logits_of(*tiny_teachers().values())[:, 1] / temperature, -1).topk(2, dim=1)
+    found = cache.read(ALL).probabilities(temperature, teachers=["b"])
+    assert torch.allclose(found.gather(1, kept), expected, atol=0.04)
+
+
+@pytest.mark.parametrize("tail", ["class-means", "samples"])
+def test_a_cache_of_topk_verifies(folder, tail):
+    assert verify_cache(build_tiny(folder, codec=TopK(k=2, tail=tail)).address).is_sound
+
+
+def test_a_merged_cache_of_samples_holds_the_geometric_mean(folder):
+    cache = build_tiny(folder, codec=TopK(k=2, tail="samples", num_samples=2), merge="geometric")
+    expected, kept = torch.softmax(logits_of(*tiny_teachers().values()).mean(1) / 2, -1).topk(2, dim=1)
+    assert torch.allclose(cache.read(ALL).probabilities(2.0).gather(1, kept), expected, atol=0.04)
 
 
 def test_teachers_may_be_given_as_objects(folder):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_caches import OPTIONS, TinyTeacher, build_tiny, files_of, tiny_teachers, tiny_transfer_set
 
-from kdcache import Codes, Lossless, plan_cache
+from kdcache import Codes, Lossless, TopK, plan_cache
 from kdcache.build import ModuleTeacher
 from kdcache.build.inference import Inputs
 from kdcache.build.pilot import pilot_batches, run_pilot
@@ -140,7 +140,7 @@ def test_the_forecast_size_is_near_what_is_stored(tmp_path):
 
 def test_the_forecast_size_counts_the_codecs_parameters(tmp_path):
     made = forecast(tmp_path, codec=Codes())
-    assert [teacher.parameter_bytes for teacher in made.teachers] == [1028, 1028]
+    assert [teacher.parameter_bytes for teacher in made.teachers] == [1024, 1024]
 
 
 def test_a_forecast_counts_all_rows_of_all_views(tmp_path):
@@ -176,3 +176,10 @@ def test_logits_on_another_device_are_fitted_alike():
     assert on_cuda.forecast.certificate.mean_kl[0] == pytest.approx(
         pilot_of(inputs_of()).forecast.certificate.mean_kl[0], rel=0.1
     )
+
+
+@pytest.mark.parametrize("tail", ["class-means", "samples"])
+def test_topk_is_forecast_with_what_it_measures_at_each_temperature(tail):
+    forecast = pilot_of(inputs_of(codec=TopK(k=2, tail=tail, num_samples=2))).forecast
+    assert 0 < max(forecast.certificate.mean_kl) < 0.5
+    assert forecast.certificate.max_error_range is None

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
-from kdcache import Codes, Lossless, open_cache, verify_cache
+from kdcache import Codes, Lossless, TopK, open_cache, verify_cache
 from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
-from kdcache.codecs import LADDER, CodesCodec, error_range, measure, parameters_to
+from kdcache.codecs import LADDER, CodesCodec, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
 
@@ -88,6 +88,23 @@ def test_of_many_rows_some_are_measured_and_all_are_bounded(logits, monkeypatch)
 def test_rows_that_lost_nothing_are_certified_to_have_lost_nothing(logits):
     certificate = certify(logits, logits.clone())
     assert certificate.max_kl == (0,) * len(LADDER)
+
+
+@pytest.mark.parametrize("tail", ["class-means", "samples"])
+def test_a_codec_that_depends_on_the_temperature_is_certified_as_it_decodes_at_each(logits, tail):
+    codec = codec_for(TopK(k=2, tail=tail), 5)
+    decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    codes = decoder.encode(logits)
+    certificate = certify_codes(decoder, logits, codes)
+    divergences = measure_codes(decoder, logits, codes)
+    assert certificate.mean_kl == pytest.approx(divergences.mean(0).tolist())
+    assert certificate.max_kl == pytest.approx(divergences.amax(0).tolist())
+
+
+def test_a_codec_that_does_not_keep_every_logit_has_no_error_range(logits):
+    codec = codec_for(TopK(k=2), 5)
+    decoder = Decoder(codec, parameters_to(codec.fit(logits), "cpu"))
+    assert certify_codes(decoder, logits, decoder.encode(logits)).max_error_range is None
 
 
 def test_bounds_are_of_all_rows_and_hold_for_those_measured(logits):
@@ -224,6 +241,24 @@ def test_a_refused_shard_leaves_everything_as_it_was(unfinished, logits, folder)
     with pytest.raises(CorruptCacheError):
         publish_shard(unfinished, 0, logits.flip(0))
     assert files_of(folder) == before
+
+
+TOPK = [TopK(k=2), TopK(k=2, tail="samples", num_samples=2)]
+
+
+@pytest.mark.parametrize("unfinished", TOPK, indirect=True, ids=str)
+def test_a_topk_shard_of_other_hardware_is_adopted(unfinished, logits, folder):
+    publish_without_a_record(unfinished, logits, folder)
+    standing = (folder / "teachers/a/codes/c/0/0").read_bytes()
+    publish_shard(unfinished, 0, logits + 1e-2 * torch.randn(16, 5, generator=torch.Generator().manual_seed(0)))
+    assert (folder / "teachers/a/codes/c/0/0").read_bytes() == standing
+
+
+@pytest.mark.parametrize("unfinished", TOPK, indirect=True, ids=str)
+def test_a_foreign_topk_shard_is_refused(unfinished, logits, folder):
+    publish_without_a_record(unfinished, logits, folder)
+    with pytest.raises(CorruptCacheError, match=r"its soft targets differ from the teacher's by .* nats on average at"):
+        publish_shard(unfinished, 0, logits.flip(0))
 
 
 @pytest.mark.parametrize("unfinished", [Lossless()], indirect=True)

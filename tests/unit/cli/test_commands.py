@@ -14,9 +14,9 @@ from typing import NamedTuple
 import distributed
 import pytest
 import torch
-from tiny_caches import files_of
+from tiny_caches import build_tiny, files_of
 
-from kdcache import cli, open_cache
+from kdcache import TopK, cli, open_cache
 from kdcache.cli.output import exit_code_of, readable_bytes, readable_seconds
 from kdcache.documents import GIVEN
 from kdcache.errors import (
@@ -429,6 +429,13 @@ def test_info_shows_what_a_cache_holds(built, run):
     assert ended.code == 0
     for words in ("40 examples x 1 view(s), 5 classes, 2 stored teacher(s)", "cli_sources:teacher", "stated error"):
         assert words in said
+
+
+def test_info_of_topk_shows_no_bound_where_there_is_none(tmp_path, run):
+    ended = run("info", build_tiny(tmp_path / "cache", codec=TopK(k=2)).address, "--json", "-t", "4")
+    (certificate,) = ended.json["certificates"]
+    assert (ended.code, certificate["kl_bound"], certificate["total_variation_bound"]) == (0, None, None)
+    assert run("info", tmp_path / "cache").code == 0
 
 
 def test_info_as_json_certifies_the_temperatures_asked_for(built, run):

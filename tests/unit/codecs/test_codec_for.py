@@ -1,9 +1,10 @@
 """`codec_for` makes the codec that a spec describes."""
 
 import pytest
+import torch
 
-from kdcache.codecs import CodesCodec, LosslessCodec, codec_for
-from kdcache.documents import Codes, Lossless
+from kdcache.codecs import CodesCodec, LosslessCodec, TopKCodec, codec_for, parameters_to
+from kdcache.documents import Codes, Lossless, TopK
 from kdcache.errors import CodecError
 
 
@@ -15,7 +16,34 @@ def test_a_codes_spec_gives_the_codes_codec():
     assert codec_for(Codes(dtype="uint16"), 7) == CodesCodec(Codes(dtype="uint16"), 7)
 
 
-@pytest.mark.parametrize("spec", [Lossless(), Codes()])
+def test_a_topk_spec_gives_the_topk_codec():
+    assert codec_for(TopK(k=3), 7) == TopKCodec(TopK(k=3), 7)
+
+
+@pytest.mark.parametrize("spec", [Lossless(), Codes()], ids=str)
+def test_codecs_that_keep_every_logit_ignore_the_temperature(spec):
+    codec, logits = codec_for(spec, 3), torch.tensor([[3.0, 1.0, -2.0]])
+    parameters = parameters_to(codec.fit(logits), "cpu")
+    codes = codec.encode(logits, parameters)
+    assert torch.equal(codec.decode(codes, parameters, temperature=7.0), codec.decode(codes, parameters))
+
+
+@pytest.mark.parametrize(
+    ("spec", "depends_on_temperature", "is_normalised"),
+    [
+        (Lossless(), False, False),
+        (Codes(), False, False),
+        (TopK(), True, False),
+        (TopK(tail="samples"), True, True),
+    ],
+    ids=str,
+)
+def test_a_codec_says_what_it_decodes_to(spec, depends_on_temperature, is_normalised):
+    codec = codec_for(spec, 3)
+    assert (codec.depends_on_temperature, codec.is_normalised) == (depends_on_temperature, is_normalised)
+
+
+@pytest.mark.parametrize("spec", [Lossless(), Codes(), TopK()])
 def test_a_codec_without_classes_is_refused(spec):
     with pytest.raises(CodecError, match="at least 1 class, got num_classes=0"):
         codec_for(spec, 0)

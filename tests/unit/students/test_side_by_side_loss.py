@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kdcache
-from kdcache.errors import MergedCacheError, ShapeError
+from kdcache.codecs import Decoder, codec_for, parameters_to
+from kdcache.errors import MergedCacheError, OptionError, ShapeError
 from kdcache.students import line_up
 from kdcache.students.loss import SideBySideLoss
 
@@ -137,3 +138,42 @@ def test_a_merged_cache_gives_no_arithmetic_mean(students, logits, batch):
     )
     with pytest.raises(MergedCacheError, match="keeps their geometric mean only"):
         SideBySideLoss(students, mean="arithmetic")(logits, merged, labels)
+
+
+def in_topk(**options):
+    """A batch of 16 rows, three classes and two teachers."""
+    codec = codec_for(kdcache.TopK(k=1, **options), 3)
+    rows = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(4)) * 3
+    decoders = [Decoder(codec, parameters_to(codec.fit(logits), "cpu")) for logits in rows]
+    codes = [codec.encode(logits, decoder.parameters) for logits, decoder in zip(rows, decoders, strict=True)]
+    return kdcache.SoftTargets(tuple(codes), tuple(decoders), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("options", "divergence", "mean"),
+    [({}, divergence, mean) for divergence in DIVERGENCES for mean in MEANS]
+    + [({"tail": "samples", "num_samples": 1}, divergence, "arithmetic") for divergence in DIVERGENCES[:2]],
+)
+def test_each_student_of_topk_has_the_loss_it_would_have_alone(students, logits, options, divergence, mean):
+    soft_targets, labels = in_topk(**options), torch.arange(16) % 3
+    loss = SideBySideLoss(students, divergence=divergence, mean=mean)
+    alone = [
+        kdcache.distillation_loss(
+            logits[index],
+            soft_targets,
+            labels,
+            temperature=student.temperature or 1.0,
+            soft_weight=student.soft_weight,
+            divergence=divergence,
+            mean=mean,
+        )
+        for index, student in enumerate(students)
+    ]
+    torch.testing.assert_close(loss(logits, soft_targets, labels).total, torch.stack(alone))
+
+
+@pytest.mark.parametrize(("divergence", "mean"), [("logit-matching", "arithmetic"), ("forward-kl", "geometric")])
+def test_sampled_soft_targets_are_refused_where_they_would_be_biased(students, logits, divergence, mean):
+    loss = SideBySideLoss(students, divergence=divergence, mean=mean)
+    with pytest.raises(OptionError, match="hese soft targets are sampled"):
+        loss(logits, in_topk(tail="samples"), torch.arange(16) % 3)
