@@ -164,7 +164,8 @@ def plan_cache(
     Returns
     -------
     Forecast
-        The plan, and for each stored teacher the forecast bytes, fidelity and time.
+        The plan, and for each stored teacher the forecast bytes, fidelity and time; where a basis was fitted, also
+        what other steps of it cost and keep.
 
     Raises
     ------
@@ -173,7 +174,7 @@ def plan_cache(
     """
     draft = make_draft(address, transfer_set, teachers, PlanOptions(**options))
     with open_executor(executor or InProcess()) as opened:
-        pilots = [opened.pilot(draft.work, stored.name) for stored in draft.work.teachers]
+        pilots = [opened.pilot(draft.work, stored.name, with_curve=True) for stored in draft.work.teachers]
     return Forecast(str(address), draft.plan, tuple(pilot.forecast for pilot in pilots))
 
 

@@ -54,7 +54,12 @@ def build_job(
 
 
 def plan_job(
-    loaded: LoadedJob, *, executor: ExecutorSpec | Executor | None = None, add_teachers: bool = False
+    loaded: LoadedJob,
+    *,
+    executor: ExecutorSpec | Executor | None = None,
+    add_teachers: bool = False,
+    max_kl: float | None = None,
+    bytes_per_row: float | None = None,
 ) -> Forecast:
     """Plan a job's build and run its pilots, without writing anything; see `plan_cache`.
 
@@ -62,13 +67,18 @@ def plan_job(
     ----------
     loaded, executor, add_teachers
         As of `build_job`.
+    max_kl, bytes_per_row : float, optional
+        In place of what the job says of the codec; see `build_cache`.
 
     Raises
     ------
     KdcacheError
         Whatever would stop the build at its start.
     """
-    return plan_cache(**_options(loaded, executor), add_teachers=add_teachers)
+    options = _options(loaded, executor)
+    if max_kl is not None or bytes_per_row is not None:
+        options |= {"codec": None, "max_kl": max_kl, "bytes_per_row": bytes_per_row}
+    return plan_cache(**options, add_teachers=add_teachers)
 
 
 def _options(loaded: LoadedJob, executor: ExecutorSpec | Executor | None) -> dict[str, Any]:

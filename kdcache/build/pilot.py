@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.rate_control import Candidate, choose_codec
 from kdcache.build.rows import BatchKey, RowMap
@@ -36,12 +37,19 @@ class RatePoint:
         Stored once a teacher.
     certificate : CertificateDocument
         Fidelity on the held-out rows.
+    is_choice : bool
+        Whether this is the codec that a build takes.
     """
 
     codec: CodecSpec
     bytes_per_row: float
     parameter_bytes: int
     certificate: CertificateDocument
+    is_choice: bool
+
+    def bytes_over(self, num_rows: int) -> float:
+        """Bytes of so many rows and the parameters."""
+        return self.bytes_per_row * num_rows + self.parameter_bytes
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class TeacherForecast:
     inference_seconds_per_row, encode_seconds_per_row : float
         Measured in this process.
     points : tuple of RatePoint
-        Every codec that was measured, the one chosen among them.
+        Every codec that was measured, the one chosen among them; of a plan also other steps of its basis.
     """
 
     name: str
@@ -94,16 +102,20 @@ class Forecast:
     teachers: tuple[TeacherForecast, ...]
 
     @property
+    def num_stored_rows(self) -> int:
+        """Rows of all views that each teacher stores."""
+        return self.plan.cache.num_rows * self.plan.cache.num_views
+
+    @property
     def num_bytes(self) -> float:
         """Forecast size of all shards and parameters, in bytes."""
-        rows = self.plan.cache.num_rows * self.plan.cache.num_views
+        rows = self.num_stored_rows
         return sum(rows * teacher.bytes_per_row + teacher.parameter_bytes for teacher in self.teachers)
 
     @property
     def seconds(self) -> float:
         """Forecast time of the build in this process, in seconds: inference, with encoding on other threads."""
-        rows = self.plan.cache.num_rows * self.plan.cache.num_views
-        return rows * sum(
+        return self.num_stored_rows * sum(
             max(teacher.inference_seconds_per_row, teacher.encode_seconds_per_row) for teacher in self.teachers
         )
 
@@ -127,8 +139,11 @@ def pilot_batches(row_map: RowMap, num_pilot_rows: int) -> list[BatchKey]:
 
 
 @torch.inference_mode()
-def run_pilot(stored: StoredTeacher, inputs: Inputs) -> Pilot:
+def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False) -> Pilot:
     """Run a teacher on the pilot, fit the codec, and forecast.
+
+    With `with_curve` the forecast also holds what other steps of a fitted basis cost and keep: for plans, since a build
+    needs none of it.
 
     Raises
     ------
@@ -146,7 +161,9 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs) -> Pilot:
             pieces.append(next(stream))
             if index or len(keys) == 1:
                 inference_seconds += time.perf_counter() - start
-    chosen, candidates = choose_codec(plan.codec, torch.cat(pieces), plan.cache)
+    logits = torch.cat(pieces)
+    chosen, candidates = choose_codec(plan.codec, logits, plan.cache)
+    further = further_candidates(chosen, candidates, logits, plan.cache) if with_curve else []
     num_pilot_rows = sum(map(len, pieces))
     forecast = TeacherForecast(
         name=stored.name,
@@ -157,13 +174,15 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs) -> Pilot:
         certificate=chosen.certificate,
         inference_seconds_per_row=inference_seconds / max(1, num_pilot_rows - (len(pieces[0]) if len(keys) > 1 else 0)),
         encode_seconds_per_row=chosen.encode_seconds_per_row,
-        points=tuple(_point(candidate) for candidate in candidates),
+        points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
     )
     return Pilot(chosen.codec, dict(chosen.parameters), forecast, _kept(keys, pieces))
 
 
-def _point(candidate: Candidate) -> RatePoint:
-    return RatePoint(candidate.codec.spec, candidate.bytes_per_row, candidate.parameter_bytes, candidate.certificate)
+def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
+    return RatePoint(
+        candidate.codec.spec, candidate.bytes_per_row, candidate.parameter_bytes, candidate.certificate, is_choice
+    )
 
 
 def _kept(keys: list[BatchKey], pieces: list[Tensor]) -> dict[BatchKey, Tensor]:

@@ -31,7 +31,7 @@ MAX_HELD_OUT_ROWS = 512
 _GUARD_FACTOR = 2.0
 _TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
 _STEP_ROUNDS = 8
-_MIN_ROWS_FOR_BASIS = 64
+MIN_ROWS_FOR_BASIS = 64
 _KEPT_CLASSES = (8, 16, 32, 64)
 
 
@@ -78,7 +78,7 @@ class Candidate:
 def held_out_rows(logits: Tensor) -> Tensor:
     """Give the pilot's last eighth, 512 rows at most, or all of a small pilot: rows no basis is fitted to."""
     count = min(MAX_HELD_OUT_ROWS, len(logits) // 8)
-    return logits if len(logits) < _MIN_ROWS_FOR_BASIS else logits[-count:]
+    return logits if len(logits) < MIN_ROWS_FOR_BASIS else logits[-count:]
 
 
 def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) -> tuple[Candidate, list[Candidate]]:
@@ -124,11 +124,16 @@ def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) ->
 
 
 def measure_codec(
-    codec: Codec, parameters: Mapping[str, np.ndarray], logits: Tensor, cache: CacheDocument
+    codec: Codec,
+    parameters: Mapping[str, np.ndarray],
+    logits: Tensor,
+    cache: CacheDocument,
+    *,
+    max_rows: int = MAX_HELD_OUT_ROWS,
 ) -> Candidate:
-    """Encode the pilot's held-out rows and measure bytes, fidelity and time."""
+    """Encode the pilot's held-out rows, the last `max_rows` of them, and measure bytes, fidelity and time."""
     decoder = Decoder(codec, parameters_to(parameters, logits.device))
-    held_out = held_out_rows(logits)
+    held_out = held_out_rows(logits)[-max_rows:]
     start = time.perf_counter()
     codes = decoder.encode(held_out)
     certificate = certify_codes(decoder, held_out, codes)
@@ -151,7 +156,7 @@ def _candidates(target: RateTarget, logits: Tensor, cache: CacheDocument, num_ro
             yield found
             if target.max_kl is not None and _meets(found, target.max_kl):
                 break  # the finer ones are larger
-    if len(logits) < _MIN_ROWS_FOR_BASIS or cache.num_classes < 3:
+    if len(logits) < MIN_ROWS_FOR_BASIS or cache.num_classes < 3:
         return
     if target.max_kl is not None:
         found = _attempt(Spectral(max_kl=target.max_kl), logits, cache)
@@ -190,8 +195,7 @@ def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows
             best, high = found, step
         else:
             low = step
-    if best is not None:
-        yield best
+    yield first if best is None else best  # the one above the budget is told, where none is within
 
 
 def _meets(candidate: Candidate, target: float) -> bool:
@@ -217,7 +221,7 @@ def _at_target_temperatures(certificate: CertificateDocument, values: Sequence[f
 
 
 def _stored_bytes(codes: np.ndarray, codec: Codec, cache: CacheDocument) -> float:
-    chunk_rows = min(cache.chunk_rows, len(codes))
+    chunk_rows = min(cache.chunk_rows, max(len(codes) // 8 * 8, 1))  # bits are shuffled by eights; real chunks fit
     whole = len(codes) // chunk_rows * chunk_rows
     by_column = isinstance(codec, SpectralCodec)
     spec = ShardSpec(whole, chunk_rows, codec.num_columns, codec.storage_dtype, codec.fill, by_column=by_column)

@@ -146,6 +146,14 @@ class SpectralCodec:
         spec = Spectral.make(**{**dict(self.spec), "max_kl": None, "step": step})
         return replace(self, spec=spec), {**parameters, "steps": self._steps(step).numpy()}
 
+    def with_fitted_step(
+        self, parameters: Mapping[str, npt.NDArray[Any]], held_out: Float[Tensor, "row class"]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Fit the step anew, for this codec's target, on held-out rows: another target on a basis that is there."""
+        tensors = {name: torch.as_tensor(value, device=held_out.device) for name, value in parameters.items()}
+        step = self._fitted_step(held_out, tensors, 16 * float(parameters["steps"][self.base_level]))
+        return {**parameters, "steps": self._steps(step).numpy()}
+
     @property
     def num_components(self) -> int:
         """Components of the basis."""

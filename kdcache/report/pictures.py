@@ -6,10 +6,10 @@ apart (Okabe and Ito 2008). Equal figures give equal files.
 
 from __future__ import annotations
 
-__all__ = ["Bar", "bars", "student_curves"]
+__all__ = ["COLOURS", "GREY", "INK", "Bar", "bars", "draw_figure", "require_matplotlib", "student_curves"]
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _GREY, _FAINT = "#333333", "#777777", "#BBBBBB"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, GREY, _FAINT = "#333333", "#777777", "#BBBBBB"
 _MARKERS = ("o", "s", "^", "D")
 _STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "svg.hashsalt": "kdcache",
 }
 
@@ -91,7 +91,7 @@ def student_curves(
     JobError
         There is no such metrics file.
     """
-    _require_matplotlib()
+    require_matplotlib()
     lines: list[Mapping[str, Any]] = []
     for item in metrics:
         lines += [item] if isinstance(item, Mapping) else read_metrics(item)
@@ -128,14 +128,21 @@ def bars(
     MissingExtraError
         matplotlib is not installed.
     """
-    _require_matplotlib()
+    require_matplotlib()
     if not rows:
         return ()
     size = (7.0, 1.2 + 0.34 * len(rows))
     return _draw(Path(path), size, lambda axes: _draw_bars(axes, rows, title, unit, number_format))
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
+    """Refuse to draw where matplotlib is not installed.
+
+    Raises
+    ------
+    MissingExtraError
+        The message says what to install.
+    """
     try:
         import matplotlib as mpl  # noqa: F401, PLC0415 - an extra, and slow to import
     except ImportError as error:
@@ -144,15 +151,33 @@ def _require_matplotlib() -> None:
         ) from error
 
 
-def _draw(path: Path, size: tuple[float, float], draw: Any) -> tuple[Path, ...]:
+def _draw(path: Path, size: tuple[float, float], draw: Callable[[Axes], None]) -> tuple[Path, ...]:
+    return draw_figure(path, size, lambda figure: draw(figure.add_subplot()))
+
+
+def draw_figure(
+    path: Path, size: tuple[float, float], draw: Callable[[Figure], None], *, kinds: Sequence[str] = ("png", "svg")
+) -> tuple[Path, ...]:
+    """Draw a figure in the style of all pictures, and write it as PATH.png and PATH.svg.
+
+    Parameters
+    ----------
+    path : Path
+        Without a suffix.
+    size : tuple of float
+        Width and height in inches.
+    draw : callable (Figure) -> None
+    kinds : sequence of str
+        The suffixes.
+    """
     import matplotlib as mpl  # noqa: PLC0415 - as above
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure.add_subplot())
+        draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return tuple(_write(figure, path.with_name(f"{path.name}.{kind}")) for kind in ("png", "svg"))
+        return tuple(_write(figure, path.with_name(f"{path.name}.{kind}")) for kind in kinds)
 
 
 def _write(figure: Figure, path: Path) -> Path:
@@ -168,8 +193,8 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], title: str) -> None:
     labels = []
     for index, curve in enumerate(curves):
         plain = curve.soft_weight == 0 and not many_sweeps
-        colour = _INK if plain else _COLOURS[index % len(_COLOURS)]
-        _draw_curve(axes, curve, colour, _MARKERS[index // len(_COLOURS) % len(_MARKERS)])
+        colour = INK if plain else COLOURS[index % len(COLOURS)]
+        _draw_curve(axes, curve, colour, _MARKERS[index // len(COLOURS) % len(_MARKERS)])
         labels.append((100 * curve.points[-1].mean, _label(curve, many_sweeps=many_sweeps), colour))
     axes.set_title(title, pad=22)
     axes.set_xlabel("temperature of the soft targets")
@@ -194,7 +219,7 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str, marker: str) -> None:
 def _explain_seeds(axes: Axes, num_seeds: int) -> None:
     text = "one seed each" if num_seeds == 1 else f"mean over {num_seeds} seeds, in a band from the best to the worst"
     axes.annotate(
-        text, xy=(0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", color=_GREY, fontsize=9
+        text, xy=(0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", color=GREY, fontsize=9
     )
 
 
@@ -240,12 +265,12 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
 
 def _draw_bars(axes: Axes, rows: Sequence[Bar], title: str, unit: str, number_format: str) -> None:
     positions = range(len(rows))
-    colours = [_COLOURS[0] if row.emphasis else _FAINT for row in rows]
+    colours = [COLOURS[0] if row.emphasis else _FAINT for row in rows]
     axes.barh(positions, [row.value for row in rows], height=0.62, color=colours)
     for position, row in zip(positions, rows, strict=True):
         end = row.value
         if row.low is not None and row.high is not None:
-            axes.hlines(position, row.low, row.high, color=_INK, linewidth=1.2)
+            axes.hlines(position, row.low, row.high, color=INK, linewidth=1.2)
             end = max(end, row.high)
         axes.annotate(
             format(row.value, number_format),

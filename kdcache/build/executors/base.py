@@ -29,7 +29,7 @@ class Executor(Protocol):
         """Stop what was started."""
         ...
 
-    def pilot(self, work: Work, name: str) -> Pilot:
+    def pilot(self, work: Work, name: str, *, with_curve: bool = False) -> Pilot:
         """Run one stored teacher on the pilot and fit its codec; see `run_pilot`."""
         ...
 

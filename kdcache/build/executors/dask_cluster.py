@@ -88,12 +88,12 @@ class DaskExecutor:
                 "written by this run. Start some (`dask worker ADDRESS`) and run the same command again"
             ) from error
 
-    def pilot(self, work: Work, name: str) -> Pilot:
+    def pilot(self, work: Work, name: str, *, with_curve: bool = False) -> Pilot:
         """Run the pilot on a worker, on another one where the first is lost."""
         lost: Exception | None = None
         for _ in range(MAX_FRUITLESS_ROUNDS):
             sent = self._client.scatter(_Parcel.of(work), broadcast=True, hash=False)
-            future = self._client.submit(_run_pilot, sent, name, pure=False, resources=self._resources)
+            future = self._client.submit(_run_pilot, sent, name, with_curve, pure=False, resources=self._resources)
             try:
                 pilot: Pilot = future.result()
             except (KilledWorker, FutureCancelledError) as error:
@@ -271,11 +271,11 @@ _ONE_AT_A_TIME = threading.Lock()
 """A worker's threads share its teachers, and a teacher that one thread leaves gets its training mode back."""
 
 
-def _run_pilot(parcel: _Parcel, name: str) -> Pilot:
+def _run_pilot(parcel: _Parcel, name: str, with_curve: bool) -> Pilot:  # noqa: FBT001 - as Dask submits it
     """Run on a worker: a pilot. Its logits stay there."""
     with _ONE_AT_A_TIME:
         work = parcel.open()
-        return replace(run_pilot(work.stored_teacher(name), work.inputs), kept={})
+        return replace(run_pilot(work.stored_teacher(name), work.inputs, with_curve=with_curve), kept={})
 
 
 def _run_span(parcel: _Parcel, name: str, shard_indices: list[int]) -> list[Record]:

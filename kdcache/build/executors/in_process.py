@@ -25,9 +25,9 @@ class InProcessExecutor:
     ) -> None:
         """Stop nothing."""
 
-    def pilot(self, work: Work, name: str) -> Pilot:
+    def pilot(self, work: Work, name: str, *, with_curve: bool = False) -> Pilot:
         """Run the pilot, and keep its logits for the tasks that need them again."""
-        pilot = run_pilot(work.stored_teacher(name), work.inputs)
+        pilot = run_pilot(work.stored_teacher(name), work.inputs, with_curve=with_curve)
         work.pilot[name] = pilot.kept
         return pilot
 
