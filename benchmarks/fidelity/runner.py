@@ -32,7 +32,7 @@ PAGE: Final = DOCS / "fidelity.md"
 def run(
     teachers: Sequence[str] = TEACHERS, *, share: float = 1.0, live: bool = True, results: Path = RESULTS
 ) -> list[dict[str, Any]]:
-    """Compare on every teacher, then the ensemble; write the figures and draw them.
+    """Compare on every teacher, then the ensemble; after each, write the figures so far and draw them.
 
     Parameters
     ----------
@@ -51,14 +51,17 @@ def run(
         The rows of the printed table: default settings, KL at some temperatures.
     """
     lines: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"made_on": _machine(), "forward_seconds": {}, "lines": lines, "ensemble": []}
     for teacher in teachers:
         with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
             lines += compare_teacher(teacher, Path(folder), share=share)
-    with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
-        with_ensemble = MEMBERS[0] in teachers
-        ensemble = compare_ensemble(Path(folder), share=share) if with_ensemble else []
-    seconds = {name: forward_seconds(name) for name in teachers} if live else {}
-    write({"made_on": _machine(), "forward_seconds": seconds, "lines": lines, "ensemble": ensemble}, results)
+        if live:
+            document["forward_seconds"][teacher] = forward_seconds(teacher)
+        write(document, results)
+    if MEMBERS[0] in teachers:
+        with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
+            document["ensemble"] = compare_ensemble(Path(folder), share=share)
+        write(document, results)
     return [_row(line) for line in lines if line["is_default"]]
 
 

@@ -34,7 +34,7 @@ from kdcache.codecs import (
     scaled_bounds,
 )
 from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
 
 HASHING_THREADS = 8
@@ -107,7 +107,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
         A shard without a record stands there that does not belong to this teacher.
     """
     decoder = destination.decoder.to(logits.device)
-    codes = decoder.encode(logits)
+    codes = _encoded(destination, decoder, shard_index, logits)
     certificate = certify_codes(decoder, logits, codes)
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
@@ -125,6 +125,19 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
     )
     destination.store.publish_record(record)
     return destination.store.record(destination.teacher.name, shard_index) or record
+
+
+def _encoded(destination: Destination, decoder: Decoder, shard_index: int, logits: Tensor) -> Tensor:
+    """Encode a shard's rows; a refusal says where its row numbers count from, and what is kept."""
+    try:
+        return decoder.encode(logits)
+    except CodecError as error:
+        view_index, block = divmod(shard_index, destination.cache.shards_per_view)
+        raise CodecError(
+            f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} cannot be "
+            f"encoded. {error} Row numbers count from row {block * destination.cache.shard_rows} of view {view_index}; "
+            "shards that are published are kept"
+        ) from error
 
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:

@@ -370,6 +370,7 @@ class SpectralCodec:
         levels = self._levels(logits, parameters)
         if self.max_kl is None:
             quantised = _rounded(coordinates, parameters["steps"][levels][:, None])
+            _refuse_far(quantised, first_row)
         else:
             quantised = self._guarded(logits, coordinates, levels, parameters, first_row)
         codes = torch.cat([_zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
@@ -380,6 +381,9 @@ class SpectralCodec:
     ) -> Tensor:
         """Refine rows, in place in `levels`, until none exceeds twice the target and the mean meets it."""
         target = self.max_kl or _DEFAULT_MAX_KL
+        reach = coordinates.abs().amax(dim=1) / (parameters["steps"][levels] * _LARGEST)
+        coarser = (_LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
+        levels.sub_(coarser).clamp_(min=0)
         quantised, measured = self._quantised(logits, coordinates, levels, parameters)
         for _ in range(_GUARD_ROUNDS):
             finer = _refinements(measured, target)
@@ -393,9 +397,9 @@ class SpectralCodec:
         worst = int(measured.amax(dim=1).argmax())
         raise CodecError(
             f"Row {first_row + worst} cannot be coded with max_kl={target:g}: its KL stays at "
-            f"{float(measured[worst].amax()):.3g} however fine the step, so it lies outside the {self.num_components} "
-            "components that the pilot showed. Use a larger pilot (num_pilot_rows) or rank, a larger max_kl, or "
-            "Codes(). Nothing was encoded."
+            f"{float(measured[worst].amax()):.3g} however fine the step: it lies outside the {self.num_components} "
+            "components that the pilot showed, or too far along them. Use a larger pilot (num_pilot_rows) or "
+            "rank, a larger max_kl, or Codes(). Nothing was encoded."
         )
 
     def _quantised(
@@ -474,16 +478,17 @@ def _felt(logits: Tensor, norms: Tensor) -> Tensor:
 
 
 def _rounded(coordinates: Tensor, steps: Tensor) -> Tensor:
-    quantised = (coordinates / steps).round()
-    largest = float(quantised.abs().amax()) if quantised.numel() else 0.0
-    if largest > _LARGEST:
-        row = int((quantised.abs().amax(dim=1) > _LARGEST).nonzero()[0])
+    """Quantise; what lies beyond the largest code becomes it, which the guard then finds out."""
+    return (coordinates / steps).round().clamp_(-_LARGEST, _LARGEST).to(torch.int32)
+
+
+def _refuse_far(quantised: Tensor, first_row: int) -> None:
+    far = (quantised.abs() == _LARGEST).any(dim=1)
+    if bool(far.any()):
         raise CodecError(
-            f"Row {row} of the block lies {largest:.3g} steps along a component, and codes reach {_LARGEST}: it is far "
-            "from the pilot's rows. Use a larger step or max_kl, a pilot that holds such rows, or Codes(). Nothing was "
-            "encoded."
+            f"Row {first_row + int(far.nonzero()[0])} lies more than {_LARGEST} steps along a component: it is far "
+            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
         )
-    return quantised.to(torch.int32)
 
 
 def _zigzag(values: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class DistillKit(Peer):
 
     def _fit(self, values: Float[Tensor, "row rank"]) -> Float[Tensor, "row term"]:
         terms = self._terms().double()
-        scale = terms.amax(dim=0)
+        scale = terms.amax(dim=0).clamp(min=1)
         solution: Tensor = torch.linalg.lstsq(terms / scale, values.double().T).solution / scale[:, None]
         return solution.T.float().contiguous()
 

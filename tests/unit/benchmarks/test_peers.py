@@ -21,6 +21,7 @@ def all_peers():
         DistillKit(NUM_CLASSES, k=64, leftover="zero"),
         DistillKit(NUM_CLASSES, k=64, residual_bins=(ResidualBin(32, 4), ResidualBin(8, 3))),
         DistillKit(NUM_CLASSES, k=16),
+        DistillKit(NUM_CLASSES, k=17),
         TinyViT(NUM_CLASSES, k=20),
         MlDr(NUM_CLASSES, k=10, views_per_example=7),
         RandomSampling(NUM_CLASSES, num_draws=50),

@@ -102,3 +102,22 @@ def test_a_target_and_a_codec_exclude_each_other(tmp_path):
 def test_a_target_of_nothing_is_refused():
     with pytest.raises(DocumentError, match="one of max_kl and bytes_per_row"):
         RateTarget.make()
+
+
+class Shifted(Head):
+    """Leaves the span of its head where its first hidden unit is large."""
+
+    def forward(self, hidden):
+        logits = super().forward(hidden)
+        noise = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(5)) * 4
+        return torch.where(hidden[:, :1] > 100, noise, logits)
+
+
+def test_a_row_that_no_step_can_code_stops_the_build_by_its_number(tmp_path):
+    rows = hidden(3000)
+    rows[300, 0] = 1000.0
+    with pytest.raises(CodecError, match=r"shard 0 of teacher 'a' cannot be encoded.*Row 300 .*Codes.*are kept"):
+        build_cache(
+            tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Shifted()},
+            codec=Spectral(max_kl=0.01), num_pilot_rows=64, batch_size=16,
+        )  # fmt: skip
