@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import OptionError
 from kdcache.report.pictures import COLOURS, GREY, INK, draw_figure, require_matplotlib
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".png", ".svg")
 _MAX_COLUMNS = 3
+_SOLID: Any = {"marker": "o", "markersize": 4.5}
+_DASHED: Any = {"marker": "s", "markersize": 4, "linestyle": (0, (4, 2))}
 _SMALLEST_KL = 1e-12
 """Drawn at the foot of the picture: exact to rounding."""
 
@@ -107,16 +109,16 @@ def _draw_panel(axes: Axes, name: str, points: Sequence[RatePoints]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     series = {item.series: sorted((p for p in lossy if p.series == item.series), key=_bytes) for item in lossy}
+    joined = [text for text, members in series.items() if len(members) > 1]
     for colour, temperature in zip(COLOURS, temperatures, strict=False):
-        for index, members in enumerate(series.values()):
+        for index, (text, members) in enumerate(series.items()):
+            style = _DASHED if text in joined[1:] else _SOLID
             label = f"temperature {temperature:g}" if index == 0 else None
-            axes.plot(
-                *_line(members, temperature), color=colour, marker="o", markersize=4.5, linewidth=1.5, label=label
-            )
+            axes.plot(*_line(members, temperature), color=colour, linewidth=1.5, label=label, **style)
         chosen = [point for point in lossy if point.is_choice]
         axes.plot(*_line(chosen, temperature), linestyle="none", marker="o", markersize=11, mfc="none", mec=colour)
     for text, members in series.items():
-        _name(axes, text, members)
+        _name(axes, text, members, is_above=text in joined[1:])
     for point in points:
         if point not in lossy:
             axes.axvline(point.bytes_per_row, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
@@ -140,17 +142,18 @@ def _line(points: Sequence[RatePoints], temperature: float) -> tuple[list[float]
     return [point.bytes_per_row for point in points], [max(point.kl[temperature], _SMALLEST_KL) for point in points]
 
 
-def _name(axes: Axes, text: str, members: Sequence[RatePoints]) -> None:
-    """Write a series' name under its last point, and of the choice that its ring is the choice."""
-    last = members[-1]
+def _name(axes: Axes, text: str, members: Sequence[RatePoints], *, is_above: bool) -> None:
+    """Write a series' name under its last point or above its first, and of the choice that its ring is the choice."""
+    point, offset = (members[0], 10) if is_above else (members[-1], -10)
+    kl = max(point.kl.values()) if is_above else min(point.kl.values())
     is_choice = any(point.is_choice for point in members)
     axes.annotate(
         f"{text} (ring: chosen)" if is_choice else text,
-        xy=(last.bytes_per_row, max(min(last.kl.values()), _SMALLEST_KL)),
-        xytext=(0, -10),
+        xy=(point.bytes_per_row, max(kl, _SMALLEST_KL)),
+        xytext=(0, offset),
         textcoords="offset points",
-        horizontalalignment="center",
-        verticalalignment="top",
+        horizontalalignment="left" if is_above else "center",
+        verticalalignment="bottom" if is_above else "top",
         color=INK if is_choice else GREY,
         fontsize=9,
     )
