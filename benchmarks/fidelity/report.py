@@ -208,6 +208,8 @@ def _of(lines: Sequence[Line], teacher: str) -> list[Line]:
 
 
 def _short(value: float) -> str:
+    if value < 1e-12:  # rounding, of either sign
+        return "0"
     return f"{value:.2g}" if value >= 0.0001 else f"{value:.0e}"
 
 
