@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Ours", "Sizes"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from benchmarks.fidelity.peers import Kept
 from benchmarks.fidelity.peers.base import bytes_of
 from kdcache.codecs import Decoder
 from kdcache.documents import CodecSpec
-from kdcache.store.shards import ShardSpec, encode_shard
+from kdcache.store.shards import encode_shard
+from kdcache.store.teachers import shard_spec
 
 _TEACHER = "teacher"
 
@@ -76,7 +77,7 @@ class Ours:
 
     def encode(self, logits: Float[Tensor, "row class"]) -> Kept:
         """Give the stored codes."""
-        return {"codes": self.decoder.codec.encode(logits, self.decoder.parameters)}
+        return {"codes": self.decoder.encode(logits)}
 
     def soft_targets(self, kept: Kept, temperature: float) -> Float[Tensor, "row class"]:
         """Decode and soften, float32."""
@@ -91,13 +92,10 @@ class Ours:
     def sizes(self, kept: Kept) -> Sizes:
         """Give the bytes of these rows as a shard of the cache's layout, and of the rest of the cache."""
         codes = kept["codes"].numpy()
-        stored: Any = self._cache.as_zarr()[f"teachers/{_TEACHER}/codes"]
-        chunk_rows = min(stored.chunks[0], len(codes))
+        chunk_rows = min(self._cache.document.chunk_rows, len(codes))
         whole = len(codes) // chunk_rows * chunk_rows
-        codec = self.decoder.codec
-        shard = encode_shard(
-            codes[:whole], ShardSpec(whole, chunk_rows, codec.num_columns, codec.storage_dtype, codec.fill)
-        )
+        layout = shard_spec(self._cache.teachers[_TEACHER], self._cache.document)
+        shard = encode_shard(codes[:whole], replace(layout, shard_rows=whole, chunk_rows=chunk_rows))
         teacher = self._folder / "teachers" / _TEACHER
         parameter_bytes = sum(bytes_of(folder) for folder in teacher.glob("parameters*"))
         others = bytes_of(self._folder) - bytes_of(teacher / "codes") - parameter_bytes

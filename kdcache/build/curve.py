@@ -5,7 +5,8 @@ from __future__ import annotations
 __all__ = ["break_even_rows", "further_candidates", "spectral_parameter_bytes"]
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,25 +100,26 @@ def further_candidates(
     if base is None or not isinstance(base.codec, SpectralCodec):
         return []
     found = []
-    for codec, parameters in _fitted(base.codec, base.parameters, measured, logits):
+    for fit in _fits(base.codec, base.parameters, measured, logits):
         try:
+            codec, parameters = fit()
             found.append(measure_codec(codec, parameters, logits, cache, max_rows=_MAX_ROWS))
         except CodecError:  # no step of it meets this target
             continue
     return found
 
 
-def _fitted(
+def _fits(
     codec: SpectralCodec, parameters: Mapping[str, np.ndarray], measured: Sequence[Candidate], logits: Tensor
-) -> Iterator[Fitted]:
+) -> Iterator[Callable[[], Fitted]]:
     if all(item.codec.spec != Codes() for item in measured):
-        yield fitted_codec(Codes(), codec.num_classes, logits)
+        yield partial(fitted_codec, Codes(), codec.num_classes, logits)
     for factor in _STEP_FACTORS:
         if codec.max_kl is None or factor**2 * codec.max_kl <= _LARGEST_TARGET:
-            yield _with_other_step(codec, parameters, factor, logits)
+            yield partial(_with_other_step, codec, parameters, factor, logits)
     if spectral_parameter_bytes(codec.num_classes, codec.num_components) > WIDE_BASIS_BYTES:
         for divisor in _RANK_DIVISORS:
-            yield _with_rank(codec, parameters, max(1, codec.num_components // divisor), logits)
+            yield partial(_with_rank, codec, parameters, max(1, codec.num_components // divisor), logits)
 
 
 def _with_other_step(codec: SpectralCodec, parameters: Mapping[str, Any], factor: float, logits: Tensor) -> Fitted:

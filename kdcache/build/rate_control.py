@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdcache.build.task import certify_codes
 from kdcache.codecs import Codec, Decoder, SpectralCodec, fitted_codec, parameters_to
+from kdcache.codecs.fidelity import measure_codes
 from kdcache.documents import (
     CacheDocument,
     CertificateDocument,
@@ -49,6 +50,8 @@ class Candidate:
         Stored once a teacher.
     certificate : CertificateDocument
         Fidelity on the held-out rows.
+    mean_kl, max_kl : float
+        Mean over and largest of all held-out rows, the largest over temperatures 1, 2 and 4, in nats.
     encode_seconds_per_row : float
         Encoding, decoding and measuring.
     """
@@ -58,17 +61,9 @@ class Candidate:
     bytes_per_row: float
     parameter_bytes: int
     certificate: CertificateDocument
+    mean_kl: float
+    max_kl: float
     encode_seconds_per_row: float
-
-    @property
-    def mean_kl(self) -> float:
-        """Mean KL over the held-out rows, the largest over temperatures 1, 2 and 4, in nats."""
-        return max(_at_target_temperatures(self.certificate, self.certificate.mean_kl))
-
-    @property
-    def max_kl(self) -> float:
-        """Largest KL of a held-out row at temperatures 1, 2 and 4, in nats."""
-        return max(_at_target_temperatures(self.certificate, self.certificate.max_kl))
 
     def bytes_over(self, num_rows: int) -> float:
         """Bytes a row with the parameters' bytes spread over so many rows."""
@@ -137,6 +132,7 @@ def measure_codec(
     start = time.perf_counter()
     codes = decoder.encode(held_out)
     certificate = certify_codes(decoder, held_out, codes)
+    divergences = measure_codes(decoder, held_out, codes, _TARGET_TEMPERATURES)  # of all rows: a sample may mislead
     seconds = time.perf_counter() - start
     return Candidate(
         codec=codec,
@@ -144,6 +140,8 @@ def measure_codec(
         bytes_per_row=_stored_bytes(codes.cpu().numpy(), codec, cache) / len(held_out),
         parameter_bytes=sum(array.nbytes for array in parameters.values()),
         certificate=certificate,
+        mean_kl=float(divergences.mean(dim=0).max()),
+        max_kl=float(divergences.max()),
         encode_seconds_per_row=seconds / len(held_out),
     )
 
@@ -190,7 +188,11 @@ def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows
     for _ in range(_STEP_ROUNDS * 2):
         step = float(np.sqrt(low * high))
         codec, parameters = first.codec.with_step(first.parameters, step)
-        found = measure_codec(codec, parameters, logits, cache)
+        try:
+            found = measure_codec(codec, parameters, logits, cache)
+        except CodecError:  # so fine a step that codes do not reach
+            low = step
+            continue
         if found.bytes_over(num_rows) <= budget:
             best, high = found, step
         else:
@@ -213,11 +215,6 @@ def _nothing_meets(target: RateTarget, found: Sequence[Candidate], num_rows: int
         f"no codec reaches {asked} on the pilot's held-out rows. Measured: {measured or 'nothing could be coded'}. Ask "
         "for less, or give a codec yourself. Nothing was written"
     )
-
-
-def _at_target_temperatures(certificate: CertificateDocument, values: Sequence[float]) -> list[float]:
-    pairs = zip(certificate.temperatures, values, strict=True)
-    return [value for temperature, value in pairs if temperature in _TARGET_TEMPERATURES]
 
 
 def _stored_bytes(codes: np.ndarray, codec: Codec, cache: CacheDocument) -> float:

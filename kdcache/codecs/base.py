@@ -190,7 +190,7 @@ class Decoder:
     def encode(self, logits: Float[Tensor, "row class"]) -> Shaped[Tensor, "row column"]:
         """Encode logits with these parameters; see `Codec.encode`."""
         if not self._encoding:
-            object.__setattr__(self, "_encoding", self.codec.prepare_to_encode(self.parameters))
+            object.__setattr__(self, "_encoding", self.codec.prepare_to_encode(self._prepared))
         return self.codec.encode(logits, self._encoding)
 
     def to(self, device: torch.device | str) -> Decoder:

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Shaped, UInt16
 from torch import Tensor
 
-from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, row_blocks
+from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
 from kdcache.codecs.divergence import TEMPERATURES, divergences
 from kdcache.codecs.spectral_fit import Basis, centred, fit_basis, masked_classes, projection_of
 from kdcache.documents.codec_specs import Spectral
-from kdcache.errors import CodecError, NonFiniteLogitsError
+from kdcache.errors import CodecError
 
 GUARD_FACTOR = 2.0
 """No row's KL may exceed the target by more than this factor."""
@@ -33,6 +33,7 @@ _STEP_ROUNDS = 6
 _DEFAULT_MAX_KL = 0.01
 _MAX_HELD_OUT_ROWS = 512
 _LEAST_PILOT_ROWS = 8
+_MOST_LOGIT = 1e37
 _LEAST_STEP, _MOST_STEP = 1e-20, 1e20  # of pilots without any spread
 _BLOCK_ELEMENTS = 2**24
 _PER_CLASS = ("mean", "basis", "weights")
@@ -115,7 +116,7 @@ class SpectralCodec:
         Raises
         ------
         CodecError
-            The pilot has fewer than 16 rows or 2 unmasked classes, or the target cannot be met.
+            The pilot has fewer than 8 rows or 2 unmasked classes, or the target cannot be met.
         NonFiniteLogitsError
             The pilot holds NaN or +inf.
         ShapeError, WrongClassCountError
@@ -131,7 +132,7 @@ class SpectralCodec:
         if int(masked.sum()) > num_classes - 2:
             raise CodecError("Fewer than 2 classes are unmasked in the pilot: there is nothing to code.")
         open_pilot = pilot[:, ~masked] if bool(masked.any()) else pilot
-        _check_finite(open_pilot, first_row=0)
+        _check_values(open_pilot, first_row=0)
         num_held_out = min(_MAX_HELD_OUT_ROWS, len(pilot) // 8)
         found = fit_basis(open_pilot[:-num_held_out], rank=spec.rank)
         codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
@@ -231,6 +232,10 @@ class SpectralCodec:
         mean, basis = parameters["mean"], parameters["basis"]
         if not bool(torch.isfinite(basis).all() & ((mean == -torch.inf) | torch.isfinite(mean)).all()):
             raise CodecError("The stored basis or mean holds NaN or an infinity: it is altered.")
+        if int(torch.isfinite(mean).sum()) < 2 or not bool(torch.isfinite(parameters["weights"]).all()):
+            raise CodecError("The stored mean masks all classes, or the weights hold NaN: one of them is altered.")
+        if not float(steps[0].double() * _LARGEST * basis.abs().amax().double()) < _MOST_LOGIT:
+            raise CodecError("The stored steps and basis reach beyond float32: one of them is altered.")
 
     def prepare(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give the parameters with the basis in the type of the matrix products, so that decoding converts nothing."""
@@ -271,8 +276,10 @@ class SpectralCodec:
             The logits are no [row, class] array of this codec's classes.
         """
         check_logits(logits, self.num_classes)
-        parameters = self.prepare_to_encode(parameters)
-        logits = logits.detach()
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._encoded(logits.detach(), self.prepare_to_encode(parameters))
+
+    def _encoded(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         opened, kept = self._opened(logits, parameters)
         codes = torch.empty(len(logits), self.num_columns, dtype=torch.uint16, device=logits.device)
         for block in row_blocks(len(logits), self.num_classes, max_elements=_BLOCK_ELEMENTS):
@@ -365,7 +372,7 @@ class SpectralCodec:
         return logits[:, ~masked], kept
 
     def _encode_block(self, logits: Tensor, parameters: Mapping[str, Tensor], *, first_row: int) -> Tensor:
-        _check_finite(logits, first_row=first_row)
+        _check_values(logits, first_row=first_row)
         coordinates = self._coordinates(logits, parameters)
         levels = self._levels(logits, parameters)
         if self.max_kl is None:
@@ -398,8 +405,8 @@ class SpectralCodec:
         raise CodecError(
             f"Row {first_row + worst} cannot be coded with max_kl={target:g}: its KL stays at "
             f"{float(measured[worst].amax()):.3g} however fine the step: it lies outside the {self.num_components} "
-            "components that the pilot showed, or too far along them. Use a larger pilot (num_pilot_rows) or "
-            "rank, a larger max_kl, or Codes(). Nothing was encoded."
+            "components that the pilot showed, or too far along them. At a new address, use a larger pilot "
+            "(num_pilot_rows) or rank, a larger max_kl, or Codes(). Nothing was encoded."
         )
 
     def _quantised(
@@ -414,10 +421,7 @@ class SpectralCodec:
     def _coordinates(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         rows = centred(logits).sub_(parameters["mean"]).mul_(parameters["weights"])
         basis = parameters["basis"]
-        if basis.dtype == torch.bfloat16:
-            inner = torch.matmul(rows.to(torch.bfloat16), basis.T)
-        else:
-            inner = torch.matmul(rows.to(torch.float32), basis.T)
+        inner = torch.matmul(rows.to(basis.dtype), basis.T)
         return inner.double() @ parameters["projection"]
 
     def _levels(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -435,6 +439,11 @@ class SpectralCodec:
 
     def _decoded(self, quantised: Tensor, steps: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         basis, mean = parameters["basis"], parameters["mean"]
+        with torch.autocast(basis.device.type, enabled=False):
+            return self._product(quantised, steps, basis, mean)
+
+    @staticmethod
+    def _product(quantised: Tensor, steps: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
         if basis.dtype == torch.bfloat16:
             return torch.matmul(quantised.to(torch.bfloat16), basis).to(torch.float32).mul_(steps).add_(mean)
         return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
@@ -500,11 +509,14 @@ def _unzigzag(bits: Tensor) -> Tensor:
     return ((bits >> 1) & 0x7FFF) ^ -(bits & 1)
 
 
-def _check_finite(logits: Tensor, *, first_row: int) -> None:
+def _check_values(logits: Tensor, *, first_row: int) -> None:
+    """Refuse rows with NaN or +inf, and with -inf where the pilot masked no class."""
     finite = logits.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        row = first_row + int(finite.logical_not().nonzero()[0])
-        raise NonFiniteLogitsError(
-            f"Row {row} of the logits holds NaN or an infinity where the pilot masked no class; a cache keeps finite "
-            "logits and, as -inf, masked classes."
-        )
+    if bool(finite.all()):
+        return
+    check_row_values(logits, first_row=first_row)
+    raise CodecError(
+        f"Row {first_row + int(finite.logical_not().nonzero()[0])} masks (-inf) a class that other rows do not, and "
+        "the spectral codec keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. Nothing "
+        "was encoded."
+    )

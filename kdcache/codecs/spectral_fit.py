@@ -87,9 +87,7 @@ def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> 
     weights = (probabilities[_WEIGHT_TEMPERATURE] / probabilities[_WEIGHT_TEMPERATURE].mean() + _LEAST_WEIGHT).float()
     span = _span(pilot, mean, weights, rank)
     metric, covariance = _forms(pilot, mean, span, probabilities)
-    root = torch.linalg.cholesky(metric)
-    values, rotation = torch.linalg.eigh(root.T @ covariance @ root)
-    axes = torch.linalg.solve_triangular(root.T, rotation.flip(1), upper=True).T
+    values, axes = _axes(metric, covariance)
     basis = axes.float() @ span
     scale = float(basis.abs().amax()) / _LARGEST_ENTRY
     basis = (basis / max(scale, 1e-30)).to(torch.float16)
@@ -99,6 +97,25 @@ def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> 
         weights=weights,
         spread=values.flip(0).clamp(min=0).sqrt() * scale,
     )
+
+
+def _axes(metric: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Give variances, ascending, and axes [component, component] that diagonalise both forms.
+
+    Raises
+    ------
+    CodecError
+        The forms are not finite, or too ill-conditioned for float64.
+    """
+    try:
+        root = torch.linalg.cholesky(metric)
+        values, rotation = torch.linalg.eigh(root.T @ covariance @ root)
+    except RuntimeError as error:
+        raise CodecError(
+            f"The pilot's logits give no basis ({error}): they span more than float32 can tell apart. Classes that are "
+            "masked by a huge negative logit are to be -inf; or use Codes() or Lossless(). Nothing was encoded."
+        ) from error
+    return values, torch.linalg.solve_triangular(root.T, rotation.flip(1), upper=True).T
 
 
 def _means(pilot: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
@@ -116,10 +133,10 @@ def _span(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> Flo
     """Give the principal axes of the weighted rows, unweighted again: the rows of the span, orthonormal in w."""
     num_rows, num_classes = pilot.shape
     root = weights.sqrt()
-    row_means = torch.cat([block.mean(dim=1, keepdim=True) for block in _rows(pilot)])
+    row_means = torch.cat([block.double().mean(dim=1, keepdim=True) for block in _rows(pilot)])
 
     def weighted(rows: slice, classes: slice) -> Tensor:
-        return (pilot[rows, classes].float() - row_means[rows] - mean[classes].float()) * root[classes]
+        return (pilot[rows, classes].double() - row_means[rows] - mean[classes]).float() * root[classes]
 
     if num_classes <= num_rows:
         gram = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=pilot.device)

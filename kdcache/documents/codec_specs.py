@@ -53,8 +53,8 @@ class Spectral(Document):
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
     """Target in nats, at temperatures 1, 2 and 4: held in the mean over rows, and twice of it by every row. 0.01 where
     neither this nor `step` is given."""
-    step: Annotated[float, Field(gt=0)] | None = None
-    """A fixed step in place of a target; no row is guarded."""
+    step: Annotated[float, Field(ge=1e-20, le=1e20)] | None = None
+    """A fixed step in place of a target, in units of the basis, which the fit chooses; no row is guarded."""
     rank: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Components at most; all that the pilot shows where absent. A teacher's document names the number found."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -102,8 +102,9 @@ class RateTarget(Document):
 
     kind: Literal["rate-target"] = "rate-target"
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The smallest cache whose mean KL is at most this, in nats, at temperatures 1, 2 and 4, and no row's above twice
-    of it."""
+    """The smallest cache whose mean KL is at most this, in nats, at temperatures 1, 2 and 4. With a basis the target is
+    held in every block of rows and twice of it by every row; `codes` and `topk` guard no row, and are chosen only where
+    no held-out row exceeds the target itself."""
     bytes_per_row: Annotated[float, Field(gt=0)] | None = None
     """The most faithful cache of at most so many bytes a row, the codec's own parameters included."""
 

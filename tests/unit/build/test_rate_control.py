@@ -121,3 +121,41 @@ def test_a_row_that_no_step_can_code_stops_the_build_by_its_number(tmp_path):
             tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Shifted()},
             codec=Spectral(max_kl=0.01), num_pilot_rows=64, batch_size=16,
         )  # fmt: skip
+
+
+class Wide(Head):
+    """So wide that the finest steps of a search are beyond what codes reach."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * 60
+
+
+def test_a_generous_budget_is_kept_by_wide_logits(tmp_path):
+    found = plan_cache(tmp_path / "cache", ROWS, {"a": Wide()}, bytes_per_row=60).teachers[0]
+    assert found.bytes_per_row + found.parameter_bytes / 3000 <= 60
+
+
+class Masking(Head):
+    """Masks another class in each row."""
+
+    def forward(self, hidden):
+        masked = torch.arange(400) == hidden.abs().sum(dim=1, keepdim=True).mul(1000).long() % 400
+        return super().forward(hidden).masked_fill(masked, -torch.inf)
+
+
+def test_masks_that_differ_by_row_are_left_to_the_codecs_that_keep_them(tmp_path):
+    assert plan_cache(tmp_path / "cache", ROWS, {"a": Masking()}, max_kl=0.01).teachers[0].codec.kind == "codes"
+
+
+def test_a_float64_teacher_with_more_classes_than_pilot_rows_is_coded(tmp_path):
+    class Double(Head):
+        def forward(self, hidden):
+            return super().forward(hidden).double()
+
+    found = plan_cache(tmp_path / "cache", ROWS, {"a": Double()}, max_kl=0.01, num_pilot_rows=256)
+    assert found.teachers[0].codec.kind == "spectral"
+
+
+def test_the_choice_rests_on_every_held_out_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdcache.build.task.MEASURED_ELEMENTS", 400)  # the certificate measures one row
+    assert chosen(tmp_path, max_kl=0.01).codec.kind == "spectral"

@@ -241,3 +241,18 @@ def test_a_codec_that_is_fitted_again_has_its_rank():
 def test_a_pilot_that_shows_fewer_components_than_the_rank_is_refused():
     with pytest.raises(CodecError, match="12 components, fewer than rank=20"):
         SpectralCodec(Spectral(max_kl=0.01, rank=20), 300).fit(PILOT)
+
+
+def test_autocast_changes_nothing():
+    decoder = fitted(Spectral(max_kl=1e-4), PILOT)
+    codes = decoder.encode(LATER)
+    expected = decoder.decode(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decoder.encode(LATER).int(), codes.int())
+        assert torch.equal(decoder.decode(codes), expected)
+
+
+def test_a_pilot_of_hugely_negative_logits_is_refused_with_a_remedy():
+    pilot = torch.where(torch.rand(64, 40, generator=torch.Generator().manual_seed(0)) < 0.1, -3e38, 1.0)
+    with pytest.raises(CodecError, match="Codes"):
+        fitted_codec(Spectral(max_kl=0.01), 40, pilot)
