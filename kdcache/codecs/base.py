@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from kdcache.codecs.head_logits import Logits
 from kdcache.documents.codec_specs import CodecSpec
 from kdcache.errors import CodecError, NonFiniteLogitsError, ShapeError, TemperatureError, WrongClassCountError
 
@@ -266,7 +267,7 @@ def check_num_classes(num_classes: int) -> None:
         raise CodecError(f"A codec needs at least 1 class, got num_classes={num_classes}.")
 
 
-def check_logits(logits: Tensor, num_classes: int) -> None:
+def check_logits(logits: Logits, num_classes: int) -> None:
     """Refuse anything but floating-point [row, class] logits of `num_classes` classes."""
     if logits.ndim != 2:
         raise ShapeError(

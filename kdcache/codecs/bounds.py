@@ -29,6 +29,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kdcache.codecs.base import row_blocks
+from kdcache.codecs.moments import ErrorMoments
 from kdcache.documents.record import BOUND_TEMPERATURES
 from kdcache.errors import ShapeError
 
@@ -38,7 +39,6 @@ _PRECISE_CLASSES = 4096
 _TILE_COLUMNS = 2**13
 _TILE_ELEMENTS = 2**16
 _TILE_ELEMENTS_ON_DEVICE = 2**24
-_ROUNDED_TWICE = 1 + 1e-9
 
 
 def scaled_bounds(
@@ -71,8 +71,8 @@ def scaled_bounds(
     -----
     Rows of more than 4,096 classes are worked on in float32 and in blocks that a processor's cache holds, unless they
     are given in float64; rows whose numbers float32 cannot hold are done again in float64. What rounding can hide is
-    added to the bound, see `_Sums.scaled`: about 1% in float32, and the square of a few 1e-8 of the largest error,
-    shift included.
+    added to the bound, see `ErrorMoments.scaled_bounds`: about 1% in float32, and the square of a few 1e-8 of the
+    largest error, shift included.
 
     Examples
     --------
@@ -99,11 +99,11 @@ def scaled_bounds(
 
 def _bounds(logits: Tensor, decoded: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     num_rows, num_classes = logits.shape
-    sums = _Sums.empty(num_rows, num_classes, torch.zeros((), dtype=dtype, device=device))
+    columns_at_once = min(num_classes, _TILE_COLUMNS)
+    sums = ErrorMoments.empty(num_rows, num_classes, columns_at_once, torch.zeros((), dtype=dtype, device=device))
     if not num_classes:
         return sums.moments.new_zeros(num_rows, len(BOUND_TEMPERATURES))
     elements = _TILE_ELEMENTS if device.type == "cpu" else _TILE_ELEMENTS_ON_DEVICE
-    columns_at_once = min(num_classes, _TILE_COLUMNS)
     rows_at_once = min(num_rows, max(1, elements // columns_at_once))
     room = torch.empty(8, rows_at_once, columns_at_once, dtype=dtype, device=device)
     for block in row_blocks(num_rows, columns_at_once, max_elements=elements):
@@ -113,8 +113,8 @@ def _bounds(logits: Tensor, decoded: Tensor, device: torch.device, dtype: torch.
         for start in range(0, num_classes, columns_at_once):
             columns = slice(start, start + columns_at_once)
             tile = _Tile.of(true[:, columns].to(dtype), coded[:, columns].to(dtype), top, centre, room)
-            sums.add(block, tile)
-    return sums.scaled()
+            _add(sums, block, tile)
+    return sums.scaled_bounds()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,100 +169,20 @@ class _Tile:
         return cls(depths, offsets, weights, scratch, highest, lowest, num_counted, is_unlike)
 
 
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Sums over the classes of all rows.
-
-    Attributes
-    ----------
-    moments : Tensor [moment, row, temperature] float64
-        1, z, d and d^2 summed with the weights at T = 1, 2, 4, infinite.
-    highest, lowest : Tensor [row] float64
-        Of d.
-    is_unlike : Tensor [row] bool
-    centre : Tensor [row, 1]
-        Of the type that tiles are worked on in.
-    num_classes : int
-    """
-
-    moments: Tensor
-    highest: Tensor
-    lowest: Tensor
-    is_unlike: Tensor
-    centre: Tensor
-    num_classes: int
-
-    @classmethod
-    def empty(cls, num_rows: int, num_classes: int, like: Tensor) -> _Sums:
-        return cls(
-            moments=like.new_zeros(4, num_rows, 4, dtype=torch.float64),
-            highest=like.new_full((num_rows,), -torch.inf, dtype=torch.float64),
-            lowest=like.new_full((num_rows,), torch.inf, dtype=torch.float64),
-            is_unlike=like.new_zeros(num_rows, dtype=torch.bool),
-            centre=like.new_zeros(num_rows, 1),
-            num_classes=num_classes,
-        )
-
-    def add(self, rows: slice, tile: _Tile) -> None:
-        """Add some classes of some rows."""
-        # sums of products, not matrix products: those may be rounded to ten bits where a program asks for speed
-        weight, depth, offset, square = self.moments[:, rows]
-        weights, scratch = tile.weights, tile.scratch
-        weight[:, :3] += weights.sum(dim=2).T
-        depth[:, :3] += torch.mul(weights, tile.depths, out=scratch).sum(dim=2).T
-        offset[:, :3] += torch.mul(weights, tile.offsets, out=scratch).sum(dim=2).T
-        square[:, :3] += scratch.mul_(tile.offsets).sum(dim=2).T
-        weight[:, 3] += tile.num_counted
-        depth[:, 3] += tile.depths.sum(dim=1)
-        offset[:, 3] += tile.offsets.sum(dim=1)
-        square[:, 3] += torch.mul(tile.offsets, tile.offsets, out=scratch[0]).sum(dim=1)
-        self.highest[rows] = torch.maximum(self.highest[rows], tile.highest.double())
-        self.lowest[rows] = torch.minimum(self.lowest[rows], tile.lowest.double())
-        if tile.is_unlike is not None:
-            self.is_unlike[rows] |= tile.is_unlike
-
-    def scaled(self) -> Tensor:
-        """Give the bounds [row, interval], with room for what rounding can hide.
-
-        With eps half a unit in the last place: a sum of n terms of one sign is off by n eps at most in any order, for
-        signed terms of their absolute sum, and tiles are added in float64; a weight exp(z / T) is off by (|z| / T + 11)
-        eps, and |z| / T is below 750 where it does not underflow; a ratio doubles both. An error d is off by eps (|e| +
-        |d|), which adds to the root of a second moment at most (Minkowski). What underflows is below the smallest
-        normal number, class by class, against a sum of weights that is 1 at least.
-        """
-        info = torch.finfo(self.centre.dtype)
-        relative = info.eps / 2 * (2.1 * min(self.num_classes, _TILE_COLUMNS) + 1700)
-        lost = 4.0 * self.num_classes * info.tiny
-        largest = torch.maximum(self.highest.abs(), self.lowest.abs())[:, None]
-        error = 1.1 * info.eps / 2 * (self.centre.double().abs() + 2 * largest)
-        depth, offset, square = self.moments[1:] / self.moments[0]
-        middle = offset[:, :3]
-        starts = torch.tensor(BOUND_TEMPERATURES, dtype=torch.float64, device=offset.device)
-        gaps = 1 / starts - torch.cat([1 / starts[1:], starts.new_zeros(1)])
-
-        def log_second_moment(ends: slice) -> Tensor:
-            rounding = relative * (square[:, ends].sqrt() + middle.abs()) ** 2 + lost * (1 + largest**2)
-            second = (square[:, ends] - 2 * middle * offset[:, ends] + middle**2).clamp(min=0) + rounding
-            return 2 * torch.log(second.sqrt() + error)
-
-        near, far = depth[:, :3], depth[:, 1:]
-        jeffreys = gaps * ((near - far).clamp(min=0) + relative * (near.abs() + far.abs()) + 1000 * lost)
-        log_moment = _largest_between(log_second_moment(slice(0, 3)), log_second_moment(slice(1, 4)), jeffreys)
-        bounds = _bennett_factor((self.highest[:, None] - middle + error).clamp(min=0) / starts) * log_moment.exp()
-        hoeffding = (self.highest - self.lowest)[:, None].add(2 * error) ** 2 / 8
-        # NaN here is a number that overflowed, or a row that holds NaN: Hoeffding's bound is NaN in the latter alone
-        bounds = torch.minimum(bounds.nan_to_num(nan=torch.inf, posinf=torch.inf), hoeffding)
-        bounds[self.is_unlike] = torch.inf
-        return bounds * _ROUNDED_TWICE
-
-
-def _bennett_factor(largest: Tensor) -> Tensor:
-    """Give (exp(b) - 1 - b) / b^2 for b >= 0, from above; 1/2 at 0, infinite where it overflows."""
-    series = 0.5 + largest / 6 + largest**2 / 24 + largest**3 / 100
-    return torch.where(largest < 0.01, series, (torch.expm1(largest) - largest) / largest**2)
-
-
-def _largest_between(near: Tensor, far: Tensor, jeffreys: Tensor) -> Tensor:
-    """Give the largest a near + (1 - a) far + a (1 - a) jeffreys over a in [0, 1]."""
-    share = ((near - far + jeffreys) / (2 * jeffreys).clamp(min=1e-300)).clamp(0, 1)
-    return share * near + (1 - share) * far + share * (1 - share) * jeffreys
+def _add(sums: ErrorMoments, rows: slice, tile: _Tile) -> None:
+    """Add some classes of some rows."""
+    # sums of products, not matrix products: those may be rounded to ten bits where a program asks for speed
+    weight, depth, offset, square = sums.moments[:, rows]
+    weights, scratch = tile.weights, tile.scratch
+    weight[:, :3] += weights.sum(dim=2).T
+    depth[:, :3] += torch.mul(weights, tile.depths, out=scratch).sum(dim=2).T
+    offset[:, :3] += torch.mul(weights, tile.offsets, out=scratch).sum(dim=2).T
+    square[:, :3] += scratch.mul_(tile.offsets).sum(dim=2).T
+    weight[:, 3] += tile.num_counted
+    depth[:, 3] += tile.depths.sum(dim=1)
+    offset[:, 3] += tile.offsets.sum(dim=1)
+    square[:, 3] += torch.mul(tile.offsets, tile.offsets, out=scratch[0]).sum(dim=1)
+    sums.highest[rows] = torch.maximum(sums.highest[rows], tile.highest.double())
+    sums.lowest[rows] = torch.minimum(sums.lowest[rows], tile.lowest.double())
+    if tile.is_unlike is not None:
+        sums.is_unlike[rows] |= tile.is_unlike

@@ -14,21 +14,32 @@ from jaxtyping import Bool, Float, Float32, Shaped, UInt16
 from torch import Tensor
 
 from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
-from kdcache.codecs.divergence import TEMPERATURES, divergences
-from kdcache.codecs.spectral_fit import Basis, centred, fit_basis, masked_classes, projection_of
+from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
+from kdcache.codecs.row_errors import TILE_ROWS, RowErrors
+from kdcache.codecs.spectral_fit import Basis, fit_basis, masked_classes
+from kdcache.codecs.spectral_guard import (
+    GUARD_FACTOR,
+    LARGEST_CODE,
+    LEVELS_PER_OCTAVE,
+    NUM_LEVELS,
+    guarded,
+    mean_after_guard,
+    refuse_far,
+    rounded,
+)
+from kdcache.codecs.spectral_rows import (
+    HeadRows,
+    MadeRows,
+    PreparedHead,
+    SpectralRows,
+    decoded_product,
+    encoding_parameters,
+)
 from kdcache.documents.codec_specs import Spectral
 from kdcache.errors import CodecError
 
-GUARD_FACTOR = 2.0
-"""No row's KL may exceed the target by more than this factor."""
-
-NUM_LEVELS = 96
-"""Steps that a row may be coded with: each is 2^(1/4) finer than the one before."""
-
-_LEVELS_PER_OCTAVE = 4
 _ADAPTATION = 0.25  # of log2(KL) in log2(step): halfway between one step for all rows and one KL for all rows
-_LARGEST = 32766  # |code|: its zigzag stays below the fill code
-_GUARD_ROUNDS = 24
+_AIM = 0.97  # of the target: so that the mean over a block, which varies, rarely asks for finer rows
 _STEP_ROUNDS = 6
 _DEFAULT_MAX_KL = 0.01
 _MAX_HELD_OUT_ROWS = 512
@@ -92,7 +103,7 @@ class SpectralCodec:
 
     @classmethod
     def fitted(
-        cls, spec: Spectral, num_classes: int, pilot: Float[Tensor, "row class"]
+        cls, spec: Spectral, num_classes: int, pilot: Logits
     ) -> tuple[SpectralCodec, dict[str, npt.NDArray[Any]]]:
         """Fit basis and step to a pilot, and make the codec of the rank that was found.
 
@@ -103,8 +114,9 @@ class SpectralCodec:
         spec : Spectral
             With or without a rank.
         num_classes : int
-        pilot : Tensor [row, class]
-            Finite but for masked classes, on any device; may be a memory map.
+        pilot : Tensor [row, class] or HeadLogits
+            Finite but for masked classes, on any device; may be a memory map. Of a head, the basis spans all that it
+            can give.
 
         Returns
         -------
@@ -131,13 +143,15 @@ class SpectralCodec:
         masked = masked_classes(pilot)
         if int(masked.sum()) > num_classes - 2:
             raise CodecError("Fewer than 2 classes are unmasked in the pilot: there is nothing to code.")
-        open_pilot = pilot[:, ~masked] if bool(masked.any()) else pilot
+        open_pilot = _of_classes(pilot, ~masked) if bool(masked.any()) else pilot
         _check_values(open_pilot, first_row=0)
         num_held_out = min(_MAX_HELD_OUT_ROWS, len(pilot) // 8)
-        found = fit_basis(open_pilot[:-num_held_out], rank=spec.rank)
+        found = fit_basis(rows_of(open_pilot, slice(None, -num_held_out)), rank=spec.rank)
         codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
         parameters = codec._as_parameters(found, masked)
-        step = spec.step or codec._fitted_step(pilot[-num_held_out:], parameters, float(found.spread[0]))
+        step = spec.step or codec._fitted_step(
+            rows_of(pilot, slice(-num_held_out, None)), parameters, float(found.spread[0])
+        )
         return codec, {name: value.cpu().numpy() for name, value in codec._with_step(parameters, step).items()}
 
     def with_step(
@@ -148,7 +162,7 @@ class SpectralCodec:
         return replace(self, spec=spec), {**parameters, "steps": self._steps(step).numpy()}
 
     def with_fitted_step(
-        self, parameters: Mapping[str, npt.NDArray[Any]], held_out: Float[Tensor, "row class"]
+        self, parameters: Mapping[str, npt.NDArray[Any]], held_out: Logits
     ) -> dict[str, npt.NDArray[Any]]:
         """Fit the step anew, for this codec's target, on held-out rows: another target on a basis that is there."""
         tensors = {name: torch.as_tensor(value, device=held_out.device) for name, value in parameters.items()}
@@ -234,7 +248,7 @@ class SpectralCodec:
             raise CodecError("The stored basis or mean holds NaN or an infinity: it is altered.")
         if int(torch.isfinite(mean).sum()) < 2 or not bool(torch.isfinite(parameters["weights"]).all()):
             raise CodecError("The stored mean masks all classes, or the weights hold NaN: one of them is altered.")
-        if not float(steps[0].double() * _LARGEST * basis.abs().amax().double()) < _MOST_LOGIT:
+        if not float(steps[0].double() * LARGEST_CODE * basis.abs().amax().double()) < _MOST_LOGIT:
             raise CodecError("The stored steps and basis reach beyond float32: one of them is altered.")
 
     def prepare(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -243,21 +257,20 @@ class SpectralCodec:
         return {**parameters, "basis": parameters["basis"].to(dtype)}
 
     def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add `projection`, float64 [component, component]: coordinates = projection @ (weights basis) @ row."""
-        projection = parameters.get("projection")
-        if projection is None:
-            projection = projection_of(parameters["basis"], parameters["weights"])
-        return {**self.prepare(parameters), "projection": projection}
+        """Add what encoding needs besides; see `kdcache.codecs.spectral_rows.encoding_parameters`."""
+        if "projection" in parameters:
+            return dict(parameters)
+        prepared = self.prepare(parameters)
+        return {**prepared, **encoding_parameters(prepared)}
 
-    def encode(
-        self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
-    ) -> UInt16[Tensor, "row column"]:
+    def encode(self, logits: Logits, parameters: Mapping[str, Tensor]) -> UInt16[Tensor, "row column"]:
         """Quantise the rows' coordinates; with a target, decode, measure and refine until it is met.
 
         Parameters
         ----------
-        logits : Tensor [row, class]
-            Of any floating-point type; -inf in the masked classes alone.
+        logits : Tensor [row, class] or HeadLogits
+            Of any floating-point type; -inf in the masked classes alone. Of hidden states and a head, the logits are
+            never made but a block of rows and classes at a time.
         parameters : Mapping[str, Tensor]
             Of `fit`, on the logits' device, prepared or not.
 
@@ -275,16 +288,36 @@ class SpectralCodec:
         ShapeError, WrongClassCountError
             The logits are no [row, class] array of this codec's classes.
         """
-        check_logits(logits, self.num_classes)
-        with torch.autocast(logits.device.type, enabled=False):
-            return self._encoded(logits.detach(), self.prepare_to_encode(parameters))
+        return self._encoded(logits, parameters, with_errors=False)[0]
 
-    def _encoded(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        opened, kept = self._opened(logits, parameters)
-        codes = torch.empty(len(logits), self.num_columns, dtype=torch.uint16, device=logits.device)
-        for block in row_blocks(len(logits), self.num_classes, max_elements=_BLOCK_ELEMENTS):
-            codes[block] = self._encode_block(opened[block], kept, first_row=block.start)
-        return codes
+    def encode_measured(
+        self, logits: Logits, parameters: Mapping[str, Tensor]
+    ) -> tuple[UInt16[Tensor, "row column"], RowErrors]:
+        """Encode as `encode` does, and say of every row what that changed: the guard has measured it anyway.
+
+        Raises
+        ------
+        CodecError, NonFiniteLogitsError, ShapeError, WrongClassCountError
+            As `encode`.
+        """
+        codes, errors = self._encoded(logits, parameters, with_errors=True)
+        return codes, RowErrors.concatenated(errors)
+
+    def _encoded(
+        self, logits: Logits, parameters: Mapping[str, Tensor], *, with_errors: bool
+    ) -> tuple[Tensor, list[RowErrors]]:
+        check_logits(logits, self.num_classes)
+        with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
+            opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
+            codes = torch.empty(len(logits), self.num_columns, dtype=torch.uint16, device=logits.device)
+            found = []
+            for block in row_blocks(
+                len(logits), self.num_classes, max_elements=max(_BLOCK_ELEMENTS, TILE_ROWS * self.num_classes)
+            ):
+                rows = opened.rows(block) if isinstance(opened, HeadLogits) else opened[block]
+                codes[block], errors = self._encode_block(rows, kept, first_row=block.start, with_errors=with_errors)
+                found += [] if errors is None else [errors]
+            return codes, found
 
     def decode(
         self,
@@ -342,162 +375,77 @@ class SpectralCodec:
 
     def _steps(self, step: float) -> Tensor:
         levels = torch.arange(NUM_LEVELS, dtype=torch.float64)
-        return (step * 2.0 ** ((self.base_level - levels) / _LEVELS_PER_OCTAVE)).float()
+        return (step * 2.0 ** ((self.base_level - levels) / LEVELS_PER_OCTAVE)).float()
 
-    def _fitted_step(self, held_out: Tensor, parameters: Mapping[str, Tensor], spread: float) -> float:
-        """Find the step with which the target is just met before anything is refined."""
+    def _fitted_step(self, held_out: Logits, parameters: Mapping[str, Tensor], spread: float) -> float:
+        """Find the step with which the guard, once it has refined the worst rows, leaves the mean just met."""
         target, step = self.max_kl or _DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
         opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
+        rows = self._rows(opened, kept)
+        coordinates, levels = rows.coordinates(), self._levels(rows, kept)
         for _ in range(_STEP_ROUNDS):
-            now = self._with_step(kept, step)
-            coordinates = self._coordinates(opened, now)
-            levels = self._levels(opened, now)
-            _, measured = self._quantised(opened, coordinates, levels, now)
-            step *= float((target / measured.mean(dim=0).amax().clamp(min=1e-12)).sqrt().clamp(1 / 64, 64))
+            steps = self._steps(step).to(coordinates.device)[levels][:, None]
+            kl = rows.errors(slice(None), rounded(coordinates, steps), steps).kl
+            step *= float((_AIM * target / mean_after_guard(kl, target)).sqrt().clamp(1 / 64, 64))
             step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
 
-    def _opened(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _opened(self, logits: Logits, parameters: Mapping[str, Tensor]) -> tuple[Logits, dict[str, Tensor]]:
         """Leave masked classes out of logits and parameters."""
         masked = parameters["mean"] == -torch.inf
         if not bool(masked.any()):
             return logits, dict(parameters)
+        kept = {name: value[..., ~masked] if name in _PER_CLASS else value for name, value in parameters.items()}
+        if isinstance(logits, HeadLogits):
+            return logits.of_classes(~masked), kept
         wrong = ((logits == -torch.inf) != masked).any(dim=1)
         if bool(wrong.any()):
             raise CodecError(
                 f"Row {int(wrong.nonzero()[0])} masks other classes (-inf) than the pilot did, and the spectral codec "
                 "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. Nothing was encoded."
             )
-        kept = {name: value[..., ~masked] if name in _PER_CLASS else value for name, value in parameters.items()}
         return logits[:, ~masked], kept
 
-    def _encode_block(self, logits: Tensor, parameters: Mapping[str, Tensor], *, first_row: int) -> Tensor:
-        _check_values(logits, first_row=first_row)
-        coordinates = self._coordinates(logits, parameters)
-        levels = self._levels(logits, parameters)
-        if self.max_kl is None:
-            quantised = _rounded(coordinates, parameters["steps"][levels][:, None])
-            _refuse_far(quantised, first_row)
-        else:
-            quantised = self._guarded(logits, coordinates, levels, parameters, first_row)
-        codes = torch.cat([_zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
-        return codes.to(torch.uint16)
-
-    def _guarded(
-        self, logits: Tensor, coordinates: Tensor, levels: Tensor, parameters: Mapping[str, Tensor], first_row: int
-    ) -> Tensor:
-        """Refine rows, in place in `levels`, until none exceeds twice the target and the mean meets it."""
-        target = self.max_kl or _DEFAULT_MAX_KL
-        reach = coordinates.abs().amax(dim=1) / (parameters["steps"][levels] * _LARGEST)
-        coarser = (_LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
-        levels.sub_(coarser).clamp_(min=0)
-        quantised, measured = self._quantised(logits, coordinates, levels, parameters)
-        for _ in range(_GUARD_ROUNDS):
-            finer = _refinements(measured, target)
-            rows = finer.nonzero()[:, 0]
-            if not len(rows):
-                return quantised
-            if bool((levels[rows] + finer[rows] >= NUM_LEVELS).any()):
-                break
-            levels[rows] += finer[rows]
-            quantised[rows], measured[rows] = self._quantised(logits[rows], coordinates[rows], levels[rows], parameters)
-        worst = int(measured.amax(dim=1).argmax())
-        raise CodecError(
-            f"Row {first_row + worst} cannot be coded with max_kl={target:g}: its KL stays at "
-            f"{float(measured[worst].amax()):.3g} however fine the step: it lies outside the {self.num_components} "
-            "components that the pilot showed, or too far along them. At a new address, use a larger pilot "
-            "(num_pilot_rows) or rank, a larger max_kl, or Codes(). Nothing was encoded."
-        )
-
-    def _quantised(
-        self, logits: Tensor, coordinates: Tensor, levels: Tensor, parameters: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        steps = parameters["steps"][levels][:, None]
-        quantised = _rounded(coordinates, steps)
-        decoded = self._decoded(quantised, steps, parameters)
+    def _rows(self, logits: Logits, parameters: Mapping[str, Tensor]) -> SpectralRows:
+        """Choose the way in: hidden states as they are where they serve, rows of logits else."""
         smallest = self.max_kl or _DEFAULT_MAX_KL
-        return quantised, divergences(logits, decoded, smallest=smallest)
+        if isinstance(logits, HeadLogits):
+            key = (id(parameters["projection"]), logits.device)
+            if key not in logits.head.prepared:
+                logits.head.prepared[key] = PreparedHead.of(logits.head, parameters)
+            prepared = logits.head.prepared[key]
+            if isinstance(prepared, PreparedHead) and HeadRows.can_measure(prepared, smallest=smallest):
+                return HeadRows(logits, prepared, parameters)
+            logits = logits[:]
+        return MadeRows(logits, parameters, smallest)
 
-    def _coordinates(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        rows = centred(logits).sub_(parameters["mean"]).mul_(parameters["weights"])
-        basis = parameters["basis"]
-        inner = torch.matmul(rows.to(basis.dtype), basis.T)
-        return inner.double() @ parameters["projection"]
+    def _encode_block(
+        self, logits: Logits, parameters: Mapping[str, Tensor], *, first_row: int, with_errors: bool
+    ) -> tuple[Tensor, RowErrors | None]:
+        _check_values(logits, first_row=first_row)
+        rows = self._rows(logits, parameters)
+        coordinates, levels = rows.coordinates(), self._levels(rows, parameters)
+        if self.max_kl is None:
+            steps = parameters["steps"][levels][:, None]
+            quantised = rounded(coordinates, steps)
+            refuse_far(quantised, first_row)
+            errors = rows.errors(slice(None), quantised, steps) if with_errors else None
+        else:
+            quantised, errors = guarded(rows, coordinates, levels, parameters["steps"], self.max_kl, first_row)
+        codes = torch.cat([_zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
+        return codes.to(torch.uint16), errors
 
-    def _levels(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def _levels(self, rows: SpectralRows, parameters: Mapping[str, Tensor]) -> Tensor:
         """Choose each row's level from the noise that its soft targets would feel, relative to the pilot's."""
-        levels = torch.full((len(logits),), self.base_level, dtype=torch.int64, device=logits.device)
+        levels = torch.full((len(rows),), self.base_level, dtype=torch.int64, device=parameters["steps"].device)
         if self.max_kl is None:
             return levels
-        norms = parameters["basis"].float().square().sum(dim=0)
-        usual = (norms * parameters["weights"]).sum() / parameters["weights"].sum()
-        felt = torch.empty(len(logits), device=logits.device)
-        for block in row_blocks(*logits.shape, max_elements=2**19):
-            felt[block] = _felt(logits[block].to(torch.float32), norms)
-        coarser = _ADAPTATION * _LEVELS_PER_OCTAVE * (felt / usual).clamp(min=1e-9).log2()
+        coarser = _ADAPTATION * LEVELS_PER_OCTAVE * (rows.felt() / parameters["usual"]).clamp(min=1e-9).log2()
         return (levels + coarser.round().to(torch.int64)).clamp_(0, NUM_LEVELS - 1)
 
     def _decoded(self, quantised: Tensor, steps: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        basis, mean = parameters["basis"], parameters["mean"]
-        with torch.autocast(basis.device.type, enabled=False):
-            return self._product(quantised, steps, basis, mean)
-
-    @staticmethod
-    def _product(quantised: Tensor, steps: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
-        if basis.dtype == torch.bfloat16:
-            return torch.matmul(quantised.to(torch.bfloat16), basis).to(torch.float32).mul_(steps).add_(mean)
-        return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
-
-
-def _refinements(measured: Tensor, target: float) -> Tensor:
-    """Say by how many levels each row is to be refined: int64 [row], all 0 where the target is met.
-
-    A level takes KL down by a factor of the square root of 2.
-    """
-    worst = measured.amax(dim=1)
-    excess = worst / (GUARD_FACTOR * target)
-    finer = torch.where(excess > 1, (2 * excess.clamp(min=1e-12).log2()).ceil().clamp(min=1), 0).to(torch.int64)
-    if bool((finer > 0).any()):
-        return finer
-    surplus = measured.sum(dim=0) - target * len(measured)
-    place = int(surplus.argmax())
-    if float(surplus[place]) <= 0:
-        return finer
-    values, order = measured[:, place].sort(descending=True, stable=True)
-    gained = torch.cumsum(values * (1 - 2**-0.5), dim=0)
-    count = min(len(order), int((gained < surplus[place]).sum()) + 1)
-    finer[order[:count]] = 1
-    return finer
-
-
-def _felt(logits: Tensor, norms: Tensor) -> Tensor:
-    """Give the KL, up to a factor, that noise of one variance along all components costs each row.
-
-    The largest over temperatures of sum_i p_i (1 - p_i) |b_i|^2 / temperature^2, with b_i a class's column of the
-    basis: the variance of the logit errors under p where the columns of different classes are nearly orthogonal.
-    """
-    weights = (logits - logits.amax(dim=1, keepdim=True)).div_(4).exp_()
-    felt = []
-    for temperature in TEMPERATURES[::-1]:
-        total = weights.sum(dim=1)
-        squares = weights * weights
-        felt.append((weights @ norms / total - squares @ norms / total**2) / temperature**2)
-        weights = squares
-    return torch.stack(felt).amax(dim=0)
-
-
-def _rounded(coordinates: Tensor, steps: Tensor) -> Tensor:
-    """Quantise; what lies beyond the largest code becomes it, which the guard then finds out."""
-    return (coordinates / steps).round().clamp_(-_LARGEST, _LARGEST).to(torch.int32)
-
-
-def _refuse_far(quantised: Tensor, first_row: int) -> None:
-    far = (quantised.abs() == _LARGEST).any(dim=1)
-    if bool(far.any()):
-        raise CodecError(
-            f"Row {first_row + int(far.nonzero()[0])} lies more than {_LARGEST} steps along a component: it is far "
-            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
-        )
+        with torch.autocast(quantised.device.type, enabled=False):
+            return decoded_product(quantised, steps, parameters["basis"], parameters["mean"])
 
 
 def _zigzag(values: Tensor) -> Tensor:
@@ -509,8 +457,16 @@ def _unzigzag(bits: Tensor) -> Tensor:
     return ((bits >> 1) & 0x7FFF) ^ -(bits & 1)
 
 
-def _check_values(logits: Tensor, *, first_row: int) -> None:
+def _of_classes(logits: Logits, index: Tensor) -> Logits:
+    return logits.of_classes(index) if isinstance(logits, HeadLogits) else logits[:, index]
+
+
+def _check_values(logits: Logits, *, first_row: int) -> None:
     """Refuse rows with NaN or +inf, and with -inf where the pilot masked no class."""
+    if isinstance(logits, HeadLogits):
+        logits = logits.hidden
+    if bool(logits.sum(dtype=torch.float32).isfinite()):  # one number tells, but where the sum overflows
+        return
     finite = logits.isfinite().all(dim=1)
     if bool(finite.all()):
         return

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.codecs.head_logits import HeadLogits, Logits
 from kdcache.errors import CodecError
 
 _CLASS_BLOCK_ELEMENTS = 2**25
@@ -45,7 +46,7 @@ class Basis:
     spread: Tensor
 
 
-def masked_classes(logits: Float[Tensor, "row class"]) -> Bool[Tensor, " class"]:
+def masked_classes(logits: Logits) -> Bool[Tensor, " class"]:
     """Tell which classes are -inf in every row."""
     masked = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     for block in _rows(logits):
@@ -60,7 +61,7 @@ def centred(logits: Float[Tensor, "row class"]) -> Float[Tensor, "row class"]:
     return rows
 
 
-def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> Basis:
+def fit_basis(pilot: Logits, *, rank: int | None = None) -> Basis:
     """Fit mean and basis to the logits of a pilot.
 
     With X the centred rows less their mean and w a weight a class (mean softmax at temperature 2 over its mean, plus
@@ -71,8 +72,8 @@ def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> 
 
     Parameters
     ----------
-    pilot : Tensor [row, class]
-        No masked classes.
+    pilot : Tensor [row, class] or HeadLogits
+        No masked classes. Of a head, S spans all that it can give, whatever the pilot showed of it.
     rank : int, optional
         Components at most; the pilot's numerical rank where absent.
 
@@ -118,7 +119,7 @@ def _axes(metric: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.linalg.solve_triangular(root.T, rotation.flip(1), upper=True).T
 
 
-def _means(pilot: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
+def _means(pilot: Logits) -> tuple[Tensor, dict[float, Tensor]]:
     total = torch.zeros(pilot.shape[1], dtype=torch.float64, device=pilot.device)
     sums = {temperature: total.clone() for temperature in TEMPERATURES}
     for block in _rows(pilot):
@@ -129,8 +130,10 @@ def _means(pilot: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
     return total / len(pilot), {key: value / len(pilot) for key, value in sums.items()}
 
 
-def _span(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> Float[Tensor, "component class"]:
+def _span(pilot: Logits, mean: Tensor, weights: Tensor, rank: int | None) -> Float[Tensor, "component class"]:
     """Give the principal axes of the weighted rows, unweighted again: the rows of the span, orthonormal in w."""
+    if isinstance(pilot, HeadLogits):
+        return _span_of_head(pilot, weights, rank)
     num_rows, num_classes = pilot.shape
     root = weights.sqrt()
     row_means = torch.cat([block.double().mean(dim=1, keepdim=True) for block in _rows(pilot)])
@@ -159,6 +162,29 @@ def _span(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> Flo
     return span
 
 
+def _span_of_head(pilot: HeadLogits, weights: Tensor, rank: int | None) -> Float[Tensor, "component class"]:
+    """Give the head's own rows, orthonormal in w: all that it can give, or the principal axes of the pilot among it."""
+    weight = pilot.head.weight
+    centre = weight.mean(dim=0, dtype=torch.float64)
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for classes in _class_slices(weight.T):
+        columns = weight[classes].double() - centre
+        gram += (columns.T * weights[classes].double()) @ columns
+    values, vectors = torch.linalg.eigh(gram)
+    count = _kept(values, None)
+    axes = vectors.flip(1)[:, :count]
+    scales = values.flip(0)[:count].clamp(min=1e-30).sqrt()
+    turn = axes / scales
+    if rank is not None and rank < count:
+        inner = pilot.hidden.double() @ (axes * scales)
+        _, principal = torch.linalg.eigh(torch.cov(inner.T))
+        turn = turn @ principal.flip(1)[:, :rank]
+    span = torch.empty(turn.shape[1], len(weight), device=weight.device)
+    for classes in _class_slices(span):
+        span[:, classes] = (turn.T @ (weight[classes].double() - centre).T).float()
+    return span
+
+
 def _outer(matrix: Tensor) -> Float64[Tensor, "a a"]:
     wide = matrix.double()
     return wide @ wide.T
@@ -169,7 +195,7 @@ def _kept(values: Tensor, rank: int | None) -> int:
     return max(1, found if rank is None else min(found, rank))
 
 
-def _forms(pilot: Tensor, mean: Tensor, span: Tensor, probabilities: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
+def _forms(pilot: Logits, mean: Tensor, span: Tensor, probabilities: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
     """Give the Fisher metric and the covariance, both [component, component] float64, in the span's coordinates."""
     num_rows, identity = len(pilot), torch.eye(len(span), dtype=torch.float64, device=span.device)
     together = torch.stack([value / temperature**2 for temperature, value in probabilities.items()]).sum(dim=0)
@@ -207,13 +233,13 @@ def projection_of(
     return inverse
 
 
-def _row_slices(pilot: Tensor) -> Iterator[slice]:
+def _row_slices(pilot: Logits) -> Iterator[slice]:
     step = max(1, _ROW_BLOCK_ELEMENTS // pilot.shape[1])
     for start in range(0, len(pilot), step):
         yield slice(start, min(start + step, len(pilot)))
 
 
-def _rows(pilot: Tensor) -> Iterator[Tensor]:
+def _rows(pilot: Logits) -> Iterator[Tensor]:
     for rows in _row_slices(pilot):
         yield pilot[rows]
 

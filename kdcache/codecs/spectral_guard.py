@@ -1,0 +1,146 @@
+"""The spectral codec's guard: rows are coded, measured, and coded again more finely until the target holds.
+
+The target for KL holds in the mean over a block of rows at temperatures 1, 2 and 4, and twice of it in every row.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "GUARD_FACTOR",
+    "LARGEST_CODE",
+    "LEVELS_PER_OCTAVE",
+    "NUM_LEVELS",
+    "guarded",
+    "mean_after_guard",
+    "refuse_far",
+    "rounded",
+]
+
+import torch
+from jaxtyping import Float, Float64, Int, Int32, Int64
+from torch import Tensor
+
+from kdcache.codecs.row_errors import RowErrors
+from kdcache.codecs.spectral_rows import SpectralRows
+from kdcache.errors import CodecError
+
+GUARD_FACTOR = 2.0
+"""No row's KL may exceed the target by more than this factor."""
+
+NUM_LEVELS = 96
+"""Steps that a row may be coded with: each is 2^(1/4) finer than the one before."""
+
+LEVELS_PER_OCTAVE = 4
+
+LARGEST_CODE = 32766
+"""Largest magnitude of a code: its zigzag stays below the fill code."""
+
+_ROUNDS = 24
+
+
+def guarded(
+    rows: SpectralRows,
+    coordinates: Float[Tensor, "row component"],
+    levels: Int64[Tensor, " row"],
+    steps: Float[Tensor, " level"],
+    target: float,
+    first_row: int,
+) -> tuple[Int32[Tensor, "row component"], RowErrors]:
+    """Quantise a block of rows, and refine rows until none exceeds twice the target and the mean meets it.
+
+    Parameters
+    ----------
+    rows : SpectralRows
+    coordinates : Tensor [row, component]
+    levels : Tensor [row]
+        What to start from; overwritten with what was used.
+    steps : Tensor [level]
+    target : float
+        In nats.
+    first_row : int
+        What the block's first row is called in messages.
+
+    Raises
+    ------
+    CodecError
+        A row cannot be coded so that the target holds.
+    """
+    reach = coordinates.abs().amax(dim=1) / (steps[levels] * LARGEST_CODE)
+    coarser = (LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
+    levels.sub_(coarser).clamp_(min=0)
+    target *= 1 - rows.slack
+    chosen = steps[levels][:, None]
+    quantised = rounded(coordinates, chosen)
+    errors = rows.errors(slice(None), quantised, chosen)
+    for _ in range(_ROUNDS):
+        finer = _refinements(errors.kl, target)
+        again = finer.nonzero()[:, 0]
+        if not len(again):
+            return quantised, errors
+        if bool((levels[again] + finer[again] >= NUM_LEVELS).any()):
+            break
+        levels[again] += finer[again]
+        chosen = steps[levels[again]][:, None]
+        quantised[again] = rounded(coordinates[again], chosen)
+        errors.put(again, rows.errors(again, quantised[again], chosen))
+    worst = int(errors.kl.amax(dim=1).argmax())
+    raise CodecError(
+        f"Row {first_row + worst} cannot be coded with max_kl={target:g}: its KL stays at "
+        f"{float(errors.kl[worst].amax()):.3g} however fine the step: it lies outside the {coordinates.shape[1]} "
+        "components that the pilot showed, or too far along them. At a new address, use a larger pilot "
+        "(num_pilot_rows) or rank, a larger max_kl, or Codes(). Nothing was encoded."
+    )
+
+
+def mean_after_guard(kl: Float64[Tensor, "row temperature"], target: float) -> Float64[Tensor, ""]:
+    """Give the mean that is left once the rows above twice the target are refined, largest over temperatures.
+
+    A level takes KL down by a factor of the square root of 2.
+    """
+    finer = _too_far(kl, target)
+    return (kl * 2.0 ** (-finer / 2)[:, None]).mean(dim=0).amax().clamp(min=1e-12)
+
+
+def rounded(
+    coordinates: Float[Tensor, "row component"], steps: Float[Tensor, "row 1"]
+) -> Int32[Tensor, "row component"]:
+    """Quantise; what lies beyond the largest code becomes it, which the guard then finds out."""
+    return (coordinates / steps).round().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
+
+
+def refuse_far(quantised: Int[Tensor, "row component"], first_row: int) -> None:
+    """Refuse rows that reach the largest code, where no guard would measure them.
+
+    Raises
+    ------
+    CodecError
+        Names the row.
+    """
+    far = (quantised.abs() == LARGEST_CODE).any(dim=1)
+    if bool(far.any()):
+        raise CodecError(
+            f"Row {first_row + int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "
+            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
+        )
+
+
+def _too_far(kl: Tensor, target: float) -> Int64[Tensor, " row"]:
+    """Say by how many levels the rows above twice the target are to be refined."""
+    excess = kl.amax(dim=1) / (GUARD_FACTOR * target)
+    return torch.where(excess > 1, (2 * excess.clamp(min=1e-12).log2()).ceil().clamp(min=1), 0).to(torch.int64)
+
+
+def _refinements(kl: Tensor, target: float) -> Int64[Tensor, " row"]:
+    """Say by how many levels each row is to be refined: all 0 where the target is met."""
+    finer = _too_far(kl, target)
+    if bool((finer > 0).any()):
+        return finer
+    surplus = kl.sum(dim=0) - target * len(kl)
+    place = int(surplus.argmax())
+    if float(surplus[place]) <= 0:
+        return finer
+    values, order = kl[:, place].sort(descending=True, stable=True)
+    gained = torch.cumsum(values * (1 - 2**-0.5), dim=0)
+    count = min(len(order), int((gained < surplus[place]).sum()) + 1)
+    finer[order[:count]] = 1
+    return finer
