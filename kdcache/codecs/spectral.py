@@ -6,7 +6,7 @@ __all__ = ["GUARD_FACTOR", "NUM_LEVELS", "SpectralCodec"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy.typing as npt
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
-from kdcache.codecs.row_errors import TILE_ROWS, RowErrors
+from kdcache.codecs.row_errors import RowErrors
 from kdcache.codecs.spectral_fit import Basis, fit_basis, masked_classes
 from kdcache.codecs.spectral_guard import (
     GUARD_FACTOR,
@@ -32,6 +32,7 @@ from kdcache.codecs.spectral_rows import (
     MadeRows,
     PreparedHead,
     SpectralRows,
+    all_rows,
     decoded_product,
     encoding_parameters,
 )
@@ -144,7 +145,7 @@ class SpectralCodec:
         if int(masked.sum()) > num_classes - 2:
             raise CodecError("Fewer than 2 classes are unmasked in the pilot: there is nothing to code.")
         open_pilot = _of_classes(pilot, ~masked) if bool(masked.any()) else pilot
-        _check_values(open_pilot, first_row=0)
+        _check_values(open_pilot)
         num_held_out = min(_MAX_HELD_OUT_ROWS, len(pilot) // 8)
         found = fit_basis(rows_of(open_pilot, slice(None, -num_held_out)), rank=spec.rank)
         codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
@@ -301,23 +302,27 @@ class SpectralCodec:
             As `encode`.
         """
         codes, errors = self._encoded(logits, parameters, with_errors=True)
-        return codes, RowErrors.concatenated(errors)
+        return codes, cast("RowErrors", errors)
 
     def _encoded(
         self, logits: Logits, parameters: Mapping[str, Tensor], *, with_errors: bool
-    ) -> tuple[Tensor, list[RowErrors]]:
+    ) -> tuple[Tensor, RowErrors | None]:
         check_logits(logits, self.num_classes)
         with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
             opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
-            codes = torch.empty(len(logits), self.num_columns, dtype=torch.uint16, device=logits.device)
-            found = []
-            for block in row_blocks(
-                len(logits), self.num_classes, max_elements=max(_BLOCK_ELEMENTS, TILE_ROWS * self.num_classes)
-            ):
-                rows = opened.rows(block) if isinstance(opened, HeadLogits) else opened[block]
-                codes[block], errors = self._encode_block(rows, kept, first_row=block.start, with_errors=with_errors)
-                found += [] if errors is None else [errors]
-            return codes, found
+            _check_values(opened)
+            rows = self._rows(opened, kept)
+            coordinates, levels = rows.coordinates(), self._levels(rows, kept)
+            errors: RowErrors | None = None
+            if self.max_kl is None:
+                steps = kept["steps"][levels][:, None]
+                quantised = rounded(coordinates, steps)
+                refuse_far(quantised)
+                errors = rows.errors(all_rows(rows), quantised, steps) if with_errors else None
+            else:
+                quantised, errors = guarded(rows, coordinates, levels, kept["steps"], self.max_kl)
+            codes = torch.cat([_zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
+            return codes.to(torch.uint16), errors
 
     def decode(
         self,
@@ -383,9 +388,10 @@ class SpectralCodec:
         opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
         rows = self._rows(opened, kept)
         coordinates, levels = rows.coordinates(), self._levels(rows, kept)
+        target *= 1 - rows.slack
         for _ in range(_STEP_ROUNDS):
             steps = self._steps(step).to(coordinates.device)[levels][:, None]
-            kl = rows.errors(slice(None), rounded(coordinates, steps), steps).kl
+            kl = rows.errors(all_rows(rows), rounded(coordinates, steps), steps).kl
             step *= float((_AIM * target / mean_after_guard(kl, target)).sqrt().clamp(1 / 64, 64))
             step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
@@ -419,22 +425,6 @@ class SpectralCodec:
             logits = logits[:]
         return MadeRows(logits, parameters, smallest)
 
-    def _encode_block(
-        self, logits: Logits, parameters: Mapping[str, Tensor], *, first_row: int, with_errors: bool
-    ) -> tuple[Tensor, RowErrors | None]:
-        _check_values(logits, first_row=first_row)
-        rows = self._rows(logits, parameters)
-        coordinates, levels = rows.coordinates(), self._levels(rows, parameters)
-        if self.max_kl is None:
-            steps = parameters["steps"][levels][:, None]
-            quantised = rounded(coordinates, steps)
-            refuse_far(quantised, first_row)
-            errors = rows.errors(slice(None), quantised, steps) if with_errors else None
-        else:
-            quantised, errors = guarded(rows, coordinates, levels, parameters["steps"], self.max_kl, first_row)
-        codes = torch.cat([_zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
-        return codes.to(torch.uint16), errors
-
     def _levels(self, rows: SpectralRows, parameters: Mapping[str, Tensor]) -> Tensor:
         """Choose each row's level from the noise that its soft targets would feel, relative to the pilot's."""
         levels = torch.full((len(rows),), self.base_level, dtype=torch.int64, device=parameters["steps"].device)
@@ -461,18 +451,19 @@ def _of_classes(logits: Logits, index: Tensor) -> Logits:
     return logits.of_classes(index) if isinstance(logits, HeadLogits) else logits[:, index]
 
 
-def _check_values(logits: Logits, *, first_row: int) -> None:
+def _check_values(logits: Logits) -> None:
     """Refuse rows with NaN or +inf, and with -inf where the pilot masked no class."""
-    if isinstance(logits, HeadLogits):
-        logits = logits.hidden
-    if bool(logits.sum(dtype=torch.float32).isfinite()):  # one number tells, but where the sum overflows
-        return
-    finite = logits.isfinite().all(dim=1)
-    if bool(finite.all()):
-        return
-    check_row_values(logits, first_row=first_row)
-    raise CodecError(
-        f"Row {first_row + int(finite.logical_not().nonzero()[0])} masks (-inf) a class that other rows do not, and "
-        "the spectral codec keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. Nothing "
-        "was encoded."
-    )
+    values = logits.hidden if isinstance(logits, HeadLogits) else logits
+    for block in row_blocks(*values.shape, max_elements=_BLOCK_ELEMENTS):
+        rows = values[block]
+        if bool(rows.sum(dtype=torch.float32).isfinite()):  # one number tells, but where the sum overflows
+            continue
+        finite = rows.isfinite().all(dim=1)
+        if bool(finite.all()):
+            continue
+        check_row_values(rows, first_row=block.start)
+        raise CodecError(
+            f"Row {block.start + int(finite.logical_not().nonzero()[0])} masks (-inf) a class that other rows do not, "
+            "and the spectral codec keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. "
+            "Nothing was encoded."
+        )

@@ -1,6 +1,7 @@
 """The spectral codec's guard: rows are coded, measured, and coded again more finely until the target holds.
 
-The target for KL holds in the mean over a block of rows at temperatures 1, 2 and 4, and twice of it in every row.
+The target for KL, at temperatures 1, 2 and 4, holds in the mean over the rows that are encoded together (a shard), and
+twice of it in every row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
 from kdcache.codecs.row_errors import RowErrors
-from kdcache.codecs.spectral_rows import SpectralRows
+from kdcache.codecs.spectral_rows import SpectralRows, all_rows
 from kdcache.errors import CodecError
 
 GUARD_FACTOR = 2.0
@@ -44,9 +45,8 @@ def guarded(
     levels: Int64[Tensor, " row"],
     steps: Float[Tensor, " level"],
     target: float,
-    first_row: int,
 ) -> tuple[Int32[Tensor, "row component"], RowErrors]:
-    """Quantise a block of rows, and refine rows until none exceeds twice the target and the mean meets it.
+    """Quantise rows, and refine rows until none exceeds twice the target and the mean meets it.
 
     Parameters
     ----------
@@ -57,8 +57,6 @@ def guarded(
     steps : Tensor [level]
     target : float
         In nats.
-    first_row : int
-        What the block's first row is called in messages.
 
     Raises
     ------
@@ -71,7 +69,7 @@ def guarded(
     target *= 1 - rows.slack
     chosen = steps[levels][:, None]
     quantised = rounded(coordinates, chosen)
-    errors = rows.errors(slice(None), quantised, chosen)
+    errors = rows.errors(all_rows(rows), quantised, chosen)
     for _ in range(_ROUNDS):
         finer = _refinements(errors.kl, target)
         again = finer.nonzero()[:, 0]
@@ -85,7 +83,7 @@ def guarded(
         errors.put(again, rows.errors(again, quantised[again], chosen))
     worst = int(errors.kl.amax(dim=1).argmax())
     raise CodecError(
-        f"Row {first_row + worst} cannot be coded with max_kl={target:g}: its KL stays at "
+        f"Row {worst} cannot be coded with max_kl={target:g}: its KL stays at "
         f"{float(errors.kl[worst].amax()):.3g} however fine the step: it lies outside the {coordinates.shape[1]} "
         "components that the pilot showed, or too far along them. At a new address, use a larger pilot "
         "(num_pilot_rows) or rank, a larger max_kl, or Codes(). Nothing was encoded."
@@ -108,7 +106,7 @@ def rounded(
     return (coordinates / steps).round().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
 
 
-def refuse_far(quantised: Int[Tensor, "row component"], first_row: int) -> None:
+def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
     """Refuse rows that reach the largest code, where no guard would measure them.
 
     Raises
@@ -119,7 +117,7 @@ def refuse_far(quantised: Int[Tensor, "row component"], first_row: int) -> None:
     far = (quantised.abs() == LARGEST_CODE).any(dim=1)
     if bool(far.any()):
         raise CodecError(
-            f"Row {first_row + int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "
+            f"Row {int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "
             "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
         )
 

@@ -12,11 +12,12 @@ __all__ = [
     "MadeRows",
     "PreparedHead",
     "SpectralRows",
+    "all_rows",
     "decoded_product",
     "encoding_parameters",
 ]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from kdcache.codecs.bounds import scaled_bounds
 from kdcache.codecs.certificate import error_range, measure
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import Head, HeadLogits
-from kdcache.codecs.row_errors import ErrorSums, RowErrors
+from kdcache.codecs.row_errors import TILE_ROWS, ErrorSums, RowErrors
 from kdcache.codecs.spectral_fit import projection_of
 
 PRECISE_CLASSES = 4096
@@ -46,11 +47,16 @@ _MOST_OUTSIDE = 1e-3
 
 
 class SpectralRows(Protocol):
-    """Rows to be coded: a block of a shard."""
+    """Rows to be coded: those of a shard."""
 
     @property
     def slack(self) -> float:
         """Share of a target that is left to what measuring itself may be off by."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
         ...
 
     def __len__(self) -> int: ...
@@ -64,7 +70,7 @@ class SpectralRows(Protocol):
         ...
 
     def errors(
-        self, rows: Int[Tensor, " row"] | slice, quantised: Int[Tensor, "row component"], steps: Float[Tensor, "row 1"]
+        self, rows: Int[Tensor, " row"], quantised: Int[Tensor, "row component"], steps: Float[Tensor, "row 1"]
     ) -> RowErrors:
         """Say what coding changes in some of the rows, coded so."""
         ...
@@ -114,16 +120,15 @@ class MadeRows:
     def __len__(self) -> int:
         return len(self.logits)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the logits lie."""
+        return self.logits.device
+
     def coordinates(self) -> Float64[Tensor, "row component"]:
         """Project the centred rows, in the metric of the weights, onto the basis."""
-        basis, mean, weights = (self.parameters[name] for name in ("basis", "mean", "weights"))
-        kind = torch.float64 if self.logits.dtype == torch.float64 else torch.float32
-        middle = self.logits.mean(dim=1, keepdim=True, dtype=kind)
-        total = torch.zeros(len(self.logits), len(basis), dtype=torch.float64, device=basis.device)
-        for block in class_blocks(self.logits.shape[1]):
-            rows = self.logits[:, block].to(kind).sub(middle).sub_(mean[block]).mul_(weights[block])
-            total += rows.to(basis.dtype) @ basis[:, block].T
-        return total @ self.parameters["projection"]
+        inner = [self._inner(self.logits[block]) for block in _row_blocks(len(self.logits))]
+        return torch.cat(inner) @ self.parameters["projection"]
 
     def felt(self) -> Float32[Tensor, " row"]:
         """Compare rows over the likely classes."""
@@ -131,11 +136,23 @@ class MadeRows:
         sampled = self.logits if len(likely) == self.logits.shape[1] else self.logits.index_select(1, likely)
         return _felt(sampled, self.parameters["norms"])
 
-    def errors(self, rows: Tensor | slice, quantised: Tensor, steps: Tensor) -> RowErrors:
+    def errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Decode as a reader does, and compare."""
-        logits = self.logits[rows]
-        if self.smallest < SMALLEST_QUICK_KL or logits.shape[1] <= PRECISE_CLASSES or logits.dtype == torch.float64:
-            return self._precise(logits, quantised, steps)
+        wide = self.logits.shape[1] > PRECISE_CLASSES and self.logits.dtype != torch.float64
+        kernel = self._quick if wide and self.smallest >= SMALLEST_QUICK_KL else self._precise
+        return _in_blocks(lambda block: kernel(self.logits[rows[block]], quantised[block], steps[block]), len(rows))
+
+    def _inner(self, logits: Tensor) -> Float64[Tensor, "row component"]:
+        basis, mean, weights = (self.parameters[name] for name in ("basis", "mean", "weights"))
+        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        middle = logits.mean(dim=1, keepdim=True, dtype=kind)
+        total = torch.zeros(len(logits), len(basis), dtype=torch.float64, device=basis.device)
+        for block in class_blocks(logits.shape[1]):
+            rows = logits[:, block].to(kind).sub(middle).sub_(mean[block]).mul_(weights[block])
+            total += rows.to(basis.dtype) @ basis[:, block].T
+        return total
+
+    def _quick(self, logits: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         basis, mean = self.parameters["basis"], self.parameters["mean"]
         middle = logits.mean(dim=1, keepdim=True, dtype=torch.float32)
         sums = ErrorSums(logits.amax(dim=1).float(), -middle[:, 0], logits.shape[1])
@@ -256,22 +273,31 @@ class HeadRows:
     def __len__(self) -> int:
         return len(self.made)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the hidden states lie."""
+        return self.made.device
+
     def coordinates(self) -> Float64[Tensor, "row component"]:
         """Turn the hidden states."""
         return self.made.hidden.double() @ self.prepared.turn + self.prepared.origin
 
     def felt(self) -> Float32[Tensor, " row"]:
         """Compare rows over the likely classes."""
-        return _felt(self._likely_logits(slice(None)), self.parameters["norms"])
+        return _felt(self._likely_logits(self.made.hidden), self.parameters["norms"])
 
-    def errors(self, rows: Tensor | slice, quantised: Tensor, steps: Tensor) -> RowErrors:
+    def errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Multiply the quantisation noise with the basis, and the hidden states with the head, tile by tile."""
+        return _in_blocks(
+            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block]), len(rows)
+        )
+
+    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         prepared, dtype = self.prepared, self.prepared.head.weight.dtype
-        hidden = self.made.hidden[rows]
         noise = quantised * steps.double() - (hidden.double() @ prepared.turn + prepared.origin)
         quarter_noise = (noise / 4).to(prepared.noise_basis.dtype)
         quarter_hidden = hidden.to(dtype) / 4
-        top = self._likely_logits(rows).amax(dim=1).float()
+        top = self._likely_logits(hidden).amax(dim=1).float()
         sums = ErrorSums(top, torch.zeros_like(top), self.made.shape[1])
         for block in class_blocks(self.made.shape[1]):
             errors = quarter_noise @ prepared.noise_basis[:, block]
@@ -287,9 +313,8 @@ class HeadRows:
             logit_rounding=_UNIT_ROUNDINGS[dtype],
         )
 
-    def _likely_logits(self, rows: Tensor | slice) -> Tensor:
-        likely = self.prepared.likely
-        return likely.logits(self.made.hidden[rows], likely.weight.dtype)
+    def _likely_logits(self, hidden: Tensor) -> Tensor:
+        return self.prepared.likely.logits(hidden, self.prepared.likely.weight.dtype)
 
 
 def decoded_product(
@@ -301,10 +326,23 @@ def decoded_product(
     return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
 
 
+def all_rows(rows: SpectralRows) -> Int[Tensor, " row"]:
+    """Give the numbers of all rows."""
+    return torch.arange(len(rows), device=rows.device)
+
+
 def class_blocks(num_classes: int) -> Iterator[slice]:
     """Cut classes into blocks, of which one matrix product makes logits: enough to be quick, few enough to be small."""
     for start in range(0, num_classes, _PRODUCT_COLUMNS):
         yield slice(start, min(start + _PRODUCT_COLUMNS, num_classes))
+
+
+def _row_blocks(num_rows: int) -> Iterator[slice]:
+    return row_blocks(num_rows, 1, max_elements=TILE_ROWS)
+
+
+def _in_blocks(measured: Callable[[slice], RowErrors], num_rows: int) -> RowErrors:
+    return RowErrors.concatenated([measured(block) for block in _row_blocks(num_rows)])
 
 
 def _quarter_logits(quarter_hidden: Tensor, head: Head) -> Tensor:
