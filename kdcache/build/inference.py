@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcache.build.rows import BatchKey, RowMap
+from kdcache.codecs.head_logits import Head, HeadLogits, Logits, concatenated, rows_of
 from kdcache.errors import (
     ExecutorError,
     InputMismatchError,
@@ -84,12 +85,14 @@ class BatchLogits:
     name : str
         The teacher's name, for messages.
     run : callable (inputs) -> Tensor
-        The running teacher.
+        The running teacher: gives logits, or hidden states where `head` is given.
     inputs : Inputs
     num_classes : int, optional
         Classes expected; whatever the teacher gives where absent.
-    kept : mapping of BatchKey to Tensor [row, class], optional
+    kept : mapping of BatchKey to Tensor [row, class] or HeadLogits, optional
         Logits that are known already (the pilot's).
+    head : Head, optional
+        Makes logits of what `run` gives; they are streamed as hidden states and this head.
     """
 
     def __init__(
@@ -99,15 +102,17 @@ class BatchLogits:
         inputs: Inputs,
         *,
         num_classes: int | None,
-        kept: Mapping[BatchKey, Tensor] | None = None,
+        kept: Mapping[BatchKey, Logits] | None = None,
+        head: Head | None = None,
     ) -> None:
         self._name = name
         self._run = run
         self._inputs = inputs
         self._num_classes = num_classes
         self._kept = kept or {}
+        self._head = head
 
-    def stream(self, keys: Sequence[BatchKey]) -> Iterator[Tensor]:
+    def stream(self, keys: Sequence[BatchKey]) -> Iterator[Logits]:
         """Yield the logits [row, class] of batches, in order, loading inputs ahead.
 
         Raises
@@ -132,7 +137,7 @@ class BatchLogits:
                 "and run the same command again"
             ) from error
 
-    def _checked(self, key: BatchKey, logits: Tensor) -> Tensor:
+    def _checked(self, key: BatchKey, logits: Tensor) -> Logits:
         row_map = self._inputs.row_map
         examples = row_map.examples_of_batch(key)
         if logits.ndim not in {2, 3} or len(logits) != len(examples) or not logits.dtype.is_floating_point:
@@ -141,16 +146,29 @@ class BatchLogits:
                 f"{len(examples)} examples; expected floating-point [example, class] or [example, position, class]. "
                 "Shards that are published are kept"
             )
-        if self._num_classes is not None and logits.shape[-1] != self._num_classes:
+        num_classes = logits.shape[-1] if self._head is None else self._classes_of(self._head, logits)
+        if self._num_classes is not None and num_classes != self._num_classes:
             raise WrongClassCountError(
-                f"teacher {self._name!r} gives {logits.shape[-1]} classes, the cache has {self._num_classes}. Every "
+                f"teacher {self._name!r} gives {num_classes} classes, the cache has {self._num_classes}. Every "
                 "teacher of an ensemble covers the same classes in the same order. Nothing of this teacher was "
                 "written; give a teacher with the right head, or build it into a cache of its own"
             )
         rows = self._as_rows(logits, row_map.num_rows[examples])
-        if rows.numel() and not bool(rows.amax(dim=1).isfinite().all()):  # -inf beside it is a masked class
-            self._report_non_finite(key, rows)
-        return rows
+        # of logits, -inf beside a finite one is a masked class
+        extreme = rows.amax(dim=1) if self._head is None else rows.sum(dim=1)
+        if rows.numel() and not bool(extreme.isfinite().all()):
+            self._report_non_finite(key, rows, extreme)
+        return rows if self._head is None else HeadLogits(rows, self._head)
+
+    def _classes_of(self, head: Head, hidden: Tensor) -> int:
+        num_classes, num_components = head.weight.shape
+        if hidden.shape[-1] != num_components:
+            raise WrongClassCountError(
+                f"the body of teacher {self._name!r} gives hidden states of {hidden.shape[-1]} components, its head "
+                f"takes {num_components}. Shards that are published are kept; mend the teacher and run the same "
+                "command again"
+            )
+        return num_classes
 
     def _as_rows(self, logits: Tensor, counts: Any) -> Tensor:
         if logits.ndim == 2:
@@ -168,12 +186,13 @@ class BatchLogits:
             )
         return torch.cat([logits[index, :count] for index, count in enumerate(counts.tolist())])
 
-    def _report_non_finite(self, key: BatchKey, rows: Tensor) -> None:
+    def _report_non_finite(self, key: BatchKey, rows: Tensor, extreme: Tensor) -> None:
         row_map = self._inputs.row_map
-        bad = int((~torch.isfinite(rows.amax(dim=1))).nonzero()[0, 0])
+        bad = int((~torch.isfinite(extreme)).nonzero()[0, 0])
         index = row_map.example_at(row_map.rows_of_batch(key)[0] + bad)
+        what = "logits" if self._head is None else "hidden states"
         values = rows[bad][rows[bad].isnan() | rows[bad].isposinf()].tolist()
-        given = f"{values[0]} among the logits" if values else "nothing but -inf as the logits"
+        given = f"{values[0]} among the {what}" if values else f"nothing but -inf as the {what}"
         raise NonFiniteLogitsError(
             f"teacher {self._name!r} gave {given} of example "
             f"{self._inputs.transfer_set.example_id(index)!r} (position {index}, view {key.view_index}). Such a "
@@ -183,12 +202,12 @@ class BatchLogits:
         )
 
 
-def shard_logits(batches: BatchLogits, row_map: RowMap, shard_indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+def shard_logits(batches: BatchLogits, row_map: RowMap, shard_indices: Iterable[int]) -> Iterator[tuple[int, Logits]]:
     """Yield (shard index, logits [row, class]) for shards in order, running each batch of the grid at most once."""
     shards = sorted(shard_indices)
     keys = list(dict.fromkeys(key for shard in shards for key in row_map.batches_of_shard(shard)))
     stream = zip(keys, batches.stream(keys), strict=True)
-    held: dict[BatchKey, Tensor] = {}
+    held: dict[BatchKey, Logits] = {}
     for shard in shards:
         needed = row_map.batches_of_shard(shard)
         held = {key: logits for key, logits in held.items() if key in needed}
@@ -196,12 +215,12 @@ def shard_logits(batches: BatchLogits, row_map: RowMap, shard_indices: Iterable[
             key, logits = next(stream)
             held[key] = logits
         _, start, end = row_map.shard_rows(shard)
-        yield shard, torch.cat([_cut(row_map, key, held[key], start, end) for key in needed])
+        yield shard, concatenated([_cut(row_map, key, held[key], start, end) for key in needed])
 
 
-def _cut(row_map: RowMap, key: BatchKey, logits: Tensor, start: int, end: int) -> Tensor:
+def _cut(row_map: RowMap, key: BatchKey, logits: Logits, start: int, end: int) -> Logits:
     first, last = row_map.rows_of_batch(key)
-    return logits[max(start - first, 0) : min(end, last) - first]
+    return rows_of(logits, slice(max(start - first, 0), min(end, last) - first))
 
 
 def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:

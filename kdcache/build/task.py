@@ -89,14 +89,14 @@ def run_tasks(
 
 
 @torch.inference_mode()
-def publish_shard(destination: Destination, shard_index: int, logits: Tensor) -> Record:
+def publish_shard(destination: Destination, shard_index: int, logits: Logits) -> Record:
     """Encode one shard, measure it, publish it first-writer-wins, then publish its record.
 
     Parameters
     ----------
     destination : Destination
     shard_index : int
-    logits : Tensor [row, class]
+    logits : Tensor [row, class] or HeadLogits
         All rows of the shard, without padding; on any device.
 
     Raises
@@ -107,8 +107,8 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
         A shard without a record stands there that does not belong to this teacher.
     """
     decoder = destination.decoder.to(logits.device)
-    codes = _encoded(destination, decoder, shard_index, logits)
-    certificate = certify_codes(decoder, logits, codes)
+    codes, errors = _encoded(destination, decoder, shard_index, logits)
+    certificate = certify_codes(decoder, logits, codes, errors)
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
     if not published.created:
@@ -119,18 +119,20 @@ def publish_shard(destination: Destination, shard_index: int, logits: Tensor) ->
         num_rows=len(logits),
         num_bytes=published.num_bytes,
         sha256=published.sha256,
-        min_logit=_smallest_finite(logits),
-        max_logit=float(logits.max()),
+        min_logit=_smallest_finite(logits) if errors is None else float(errors.lowest_logit.min()),
+        max_logit=_largest(logits) if errors is None else float(errors.highest_logit.max()),
         certificate=certificate,
     )
     destination.store.publish_record(record)
     return destination.store.record(destination.teacher.name, shard_index) or record
 
 
-def _encoded(destination: Destination, decoder: Decoder, shard_index: int, logits: Tensor) -> Tensor:
+def _encoded(
+    destination: Destination, decoder: Decoder, shard_index: int, logits: Logits
+) -> tuple[Tensor, RowErrors | None]:
     """Encode a shard's rows; a refusal says where its row numbers count from, and what is kept."""
     try:
-        return decoder.encode(logits)
+        return decoder.encode_measured(logits)
     except CodecError as error:
         view_index, block = divmod(shard_index, destination.cache.shards_per_view)
         raise CodecError(
@@ -163,27 +165,44 @@ def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
     )
 
 
-def certify_codes(decoder: Decoder, logits: Tensor, codes: Tensor) -> CertificateDocument:
+def certify_codes(
+    decoder: Decoder, logits: Logits, codes: Tensor, errors: RowErrors | None = None
+) -> CertificateDocument:
     """Measure what coding changed; without bounds where the codec's decoded logits depend on the temperature.
 
     Parameters
     ----------
     decoder : Decoder
         On the codes' device.
-    logits : Tensor [row, class]
+    logits : Tensor [row, class] or HeadLogits
         On the codes' device.
     codes : Tensor [row, column]
+    errors : RowErrors, optional
+        What is known of the rows' errors from encoding them.
     """
-    if not decoder.codec.depends_on_temperature:
-        return certify(logits, decoder.decode(codes))
-    return _certificate(_measured(decoder, logits, codes))
+    if decoder.codec.depends_on_temperature:
+        return _certificate(_measured(decoder, logits, codes))
+    if errors is None:
+        errors = decoder.row_errors(logits, codes)
+    return _certificate(
+        _measured(decoder, logits, codes),
+        max_error_range=float(errors.error_range.max()),
+        bounds=tuple(
+            BoundDocument.make(
+                temperature=temperature,
+                mean=float(column.mean()),
+                max=float(column.max()),
+                histogram=Histogram.of(column.tolist()),
+            )
+            for temperature, column in zip(BOUND_TEMPERATURES, errors.scaled_bounds.cpu().unbind(dim=1), strict=True)
+        ),
+    )
 
 
-def _measured(decoder: Decoder, logits: Tensor, codes: Tensor) -> Tensor:
+def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
     """Measure KL [row, temperature] at the ladder, on all rows or evenly spread ones."""
     rows = _measured_rows(logits)
-    chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
-    return measure_codes(decoder, logits[rows], chosen, LADDER)
+    return measure_codes(decoder, logits[rows], rows_of_codes(codes, rows), LADDER)
 
 
 def _measured_rows(logits: Tensor) -> Tensor:

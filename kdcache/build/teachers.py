@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ModuleTeacher", "SourcedTeacher", "Teacher", "load_checkpoint", "settings_digest", "weights_digest"]
+__all__ = [
+    "HeadedTeacher",
+    "ModuleTeacher",
+    "SourcedTeacher",
+    "Teacher",
+    "load_checkpoint",
+    "settings_digest",
+    "weights_digest",
+]
 
 import contextlib
 import functools
@@ -20,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import jobs
+from kdcache.build.headed import TeacherWithHead
+from kdcache.codecs.head_logits import Head
 from kdcache.devices import choose_device, move
 from kdcache.documents import Fingerprint, TeacherSource
 from kdcache.errors import JobError, WrongClassCountError
@@ -59,6 +69,22 @@ class Teacher(Protocol):
         ...
 
 
+@runtime_checkable
+class HeadedTeacher(Protocol):
+    """A teacher that may hand out its last hidden states and its head."""
+
+    def has_linear_head(self) -> bool:
+        """Tell whether it does; logits are then head @ hidden states."""
+        ...
+
+    def running_body(self) -> contextlib.AbstractContextManager[tuple[Callable[[Any], Tensor], Head]]:
+        """Make the teacher ready, and give a function from a batch of inputs to hidden states, and the head.
+
+        The hidden states are [example, component], or [example, position, component] for sequences.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ModuleTeacher:
     """A live torch module.
@@ -85,6 +111,7 @@ class ModuleTeacher:
     autocast: Autocast = None
     source: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    _kept: dict[str, Head] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -101,10 +128,46 @@ class ModuleTeacher:
     @contextlib.contextmanager
     def running(self) -> Iterator[Callable[[Any], Tensor]]:
         """Run the module in evaluation mode on its device; its modes and device are restored after the last use."""
+        with self._in_use() as device:
+            yield lambda inputs: _logits_of(_forward(self.module, device, self.autocast, inputs))
+
+    def has_linear_head(self) -> bool:
+        """Tell whether the module is a `TeacherWithHead` without a softcap."""
+        return isinstance(self.module, TeacherWithHead) and self.module.is_linear
+
+    @contextlib.contextmanager
+    def running_body(self) -> Iterator[tuple[Callable[[Any], Tensor], Head]]:
+        """Run the body of a `TeacherWithHead` as `running` runs the whole.
+
+        Raises
+        ------
+        TypeError
+            The module is none: ask `has_linear_head` first.
+        """
+        if not isinstance(self.module, TeacherWithHead):
+            raise TypeError(f"a {type(self.module).__qualname__} hands out no head")
+        hidden = self.module.hidden
+        with self._in_use() as device:
+            yield lambda inputs: _forward(hidden, device, self.autocast, inputs), self._head(self.module, device)
+
+    def _head(self, module: TeacherWithHead, device: torch.device) -> Head:
+        if device.type != "cpu":  # the module will move back: a head that is kept would hold the device's memory
+            return module.linear_head(self._dtype)
+        if "head" not in self._kept:
+            self._kept["head"] = module.linear_head(self._dtype)
+        return self._kept["head"]
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype | None = None if self.autocast is None else getattr(torch, self.autocast)
+        return dtype
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[torch.device]:
         device = choose_device(self.device)
         _begin(self.module, device)
         try:
-            yield functools.partial(_forward, self.module, device, self.autocast)
+            yield device
         finally:
             _end(self.module)
 
@@ -155,6 +218,14 @@ class SourcedTeacher:
     def running(self) -> contextlib.AbstractContextManager[Callable[[Any], Tensor]]:
         """Load the teacher if this process has not yet, and run it."""
         return self._module_teacher.running()
+
+    def has_linear_head(self) -> bool:
+        """Tell whether the factory gives a `TeacherWithHead` without a softcap."""
+        return self._module_teacher.has_linear_head()
+
+    def running_body(self) -> contextlib.AbstractContextManager[tuple[Callable[[Any], Tensor], Head]]:
+        """Load the teacher if this process has not yet, and run its body."""
+        return self._module_teacher.running_body()
 
     def __getstate__(self) -> dict[str, Any]:
         hidden = ("_module_teacher", "fingerprint")
@@ -269,17 +340,15 @@ def _end(module: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def _forward(module: nn.Module, device: torch.device, autocast: Autocast, inputs: Any) -> Tensor:
+def _forward(module: Callable[..., Any], device: torch.device, autocast: Autocast, inputs: Any) -> Any:
     moved = move(inputs, device)
     dtype = None if autocast is None else getattr(torch, autocast)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if isinstance(moved, Mapping):
-            output = module(**moved)
-        elif isinstance(moved, tuple | list):
-            output = module(*moved)
-        else:
-            output = module(moved)
-    return _logits_of(output)
+            return module(**moved)
+        if isinstance(moved, tuple | list):
+            return module(*moved)
+        return module(moved)
 
 
 def _logits_of(output: Any) -> Tensor:
