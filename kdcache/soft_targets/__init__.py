@@ -26,11 +26,14 @@ __all__ = [
     "MEANS",
     "Mean",
     "SoftTargets",
+    "Weights",
     "at_least_float32",
     "check_choice",
     "log_mean_probabilities",
     "mean_logits",
     "soften",
+    "softened_blocks",
+    "softened_elements",
 ]
 
 from kdcache.soft_targets.batch import SoftTargets
@@ -42,4 +45,7 @@ from kdcache.soft_targets.means import (
     log_mean_probabilities,
     mean_logits,
     soften,
+    softened_blocks,
+    softened_elements,
 )
+from kdcache.soft_targets.selection import Weights
