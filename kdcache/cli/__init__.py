@@ -11,10 +11,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from kdcache import __version__
 from kdcache.cli import build, inspect, train
 from kdcache.cli.output import INTERRUPTED, exit_code_of, print_error
 from kdcache.errors import KdcacheError
@@ -26,6 +27,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        sys.stdout.write(f"kdcache {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 def _add(name: str, command: Callable[..., None]) -> None:

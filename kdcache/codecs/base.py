@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -158,6 +159,11 @@ class Codec(Protocol):
 class Decoder:
     """A codec and its parameters: all that turns codes into logits.
 
+    The form in which the codec works on its parameters fastest is made once, when it is first needed, and shared by
+    `decode` and `encode` and by all threads: a wide basis stands in memory once as it is stored and once as it is used.
+    Within `torch.compile` it is made in the graph, in every call, unless `decode`, or `to` another device,
+    made it before.
+
     Parameters
     ----------
     codec : Codec
@@ -172,30 +178,27 @@ class Decoder:
     """
 
     codec: Codec
-    parameters: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor] = field(repr=False)
     _moved: dict[torch.device, Decoder] = field(default_factory=dict, init=False, repr=False)
-    _prepared: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _encoding: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _prepared: dict[str, Mapping[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.codec.check_parameters(self.parameters)
-        object.__setattr__(self, "_prepared", self.codec.prepare(self.parameters))
 
     def __reduce__(self) -> tuple[type[Decoder], tuple[Codec, dict[str, Tensor]]]:
         return type(self), (self.codec, dict(self.parameters))
 
     def decode(self, codes: Shaped[Tensor, "row column"], *, temperature: float = 1.0) -> Float[Tensor, "row class"]:
         """Decode codes into float32 logits, to be softened at `temperature`; see `Codec.decode`."""
-        return self.codec.decode(codes, self._prepared, temperature=temperature)
+        return self.codec.decode(codes, self._to_decode(), temperature=temperature)
 
     def encode(self, logits: Float[Tensor, "row class"]) -> Shaped[Tensor, "row column"]:
         """Encode logits with these parameters; see `Codec.encode`."""
-        if not self._encoding:
-            object.__setattr__(self, "_encoding", self.codec.prepare_to_encode(self._prepared))
-        return self.codec.encode(logits, self._encoding)
+        return self.codec.encode(logits, self._to_encode())
 
     def to(self, device: torch.device | str) -> Decoder:
-        """Give this decoder with its parameters on `device`.
+        """Give this decoder with its parameters on `device`, ready to decode there.
 
         The copy is made once for each device and kept, so that moving every batch costs nothing.
         """
@@ -203,17 +206,41 @@ class Decoder:
         if all(value.device == target for value in self.parameters.values()):
             return self
         if target not in self._moved:
-            self._moved[target] = self._copy_on(target)
+            with self._lock:
+                if target not in self._moved:
+                    self._moved[target] = self._copy_on(target)
         return self._moved[target]
+
+    def _to_decode(self) -> Mapping[str, Tensor]:
+        if "decode" in self._prepared:
+            return self._prepared["decode"]
+        if torch.compiler.is_compiling():  # nothing can be kept from within a graph
+            return self.codec.prepare(self.parameters)
+        with self._lock:
+            if "decode" not in self._prepared:
+                self._prepared["decode"] = self.codec.prepare(self.parameters)
+            return self._prepared["decode"]
+
+    def _to_encode(self) -> Mapping[str, Tensor]:
+        with self._lock:
+            if "encode" not in self._prepared:  # from what `decode` works on, so that the two share what is large
+                self._prepared["encode"] = self.codec.prepare_to_encode(self._to_decode())
+            return self._prepared["encode"]
 
     def _copy_on(self, device: torch.device) -> Decoder:
         # made without __init__: the parameters are checked already, and a check would wait for the device
         moved = object.__new__(Decoder)
         parameters = parameters_to(self.parameters, device)
-        prepared = self.codec.prepare(parameters)
-        values = {"codec": self.codec, "parameters": parameters, "_moved": {}, "_prepared": prepared, "_encoding": {}}
+        values = {
+            "codec": self.codec,
+            "parameters": parameters,
+            "_moved": {},
+            "_prepared": {},
+            "_lock": threading.RLock(),
+        }
         for name, value in values.items():
             object.__setattr__(moved, name, value)
+        moved._to_decode()
         return moved
 
 

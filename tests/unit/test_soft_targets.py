@@ -379,6 +379,17 @@ def test_a_selection_forgets_the_rows_of_examples():
     assert soft_targets[:3].num_rows is None
 
 
+def test_a_batch_shows_its_size_and_not_its_numbers():
+    codes = coded(MEMBERS, Codes(), ("a", "b", "c"))
+    assert repr(codes) == (
+        "SoftTargets(rows=6, teachers=('a', 'b', 'c'), classes=5, codecs=('codes',), device='cpu', coded_bytes=108)"
+    )
+
+
+def test_a_merged_batch_says_so(merged):
+    assert "rows=6, merge='geometric' of ('a', 'b', 'c'), classes=5, codecs=('lossless',)" in repr(merged)
+
+
 def test_length_and_classes_are_those_of_the_batch(ensemble):
     assert (len(ensemble), ensemble.num_classes) == (6, 5)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_caches import build_tiny, files_of
 
+import kdcache
 from kdcache import TopK, cli, open_cache
 from kdcache.cli.output import exit_code_of, readable_bytes, readable_seconds
 from kdcache.documents import GIVEN
@@ -525,6 +526,11 @@ def test_a_job_file_that_breaks_its_schema_ends_as_bad_input(job, run, command):
     ended = run(command, job, "--json")
     assert (ended.code, ended.error["error"]) == (2, "DocumentError")
     assert "surprise" in ended.error["message"]
+
+
+def test_the_version_is_the_packages_own(run):
+    ended = run("--version")
+    assert (ended.code, ended.out, ended.err) == (0, f"kdcache {kdcache.__version__}\n", "")
 
 
 def test_an_error_for_people_names_its_kind_and_stands_on_stderr(tmp_path, run):
