@@ -6,14 +6,15 @@ __all__ = ["Candidate", "choose_codec", "held_out_rows", "measure_codec"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from kdcache.build.task import certify_codes
-from kdcache.codecs import Codec, Decoder, SpectralCodec, fitted_codec, parameters_to
+from kdcache.codecs import Codec, Decoder, SpectralCodec, codec_for, fitted_codec, parameters_to
 from kdcache.codecs.fidelity import measure_codes
+from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.documents import (
     CacheDocument,
     CertificateDocument,
@@ -29,7 +30,6 @@ from kdcache.errors import CodecError
 from kdcache.store.shards import ShardSpec, encode_shard
 
 MAX_HELD_OUT_ROWS = 512
-_GUARD_FACTOR = 2.0
 _TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
 _STEP_ROUNDS = 8
 MIN_ROWS_FOR_BASIS = 64
@@ -91,8 +91,9 @@ def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) ->
     -------
     Candidate
         The choice. With `max_kl`: of those whose mean KL on held-out rows is at most the target at temperatures 1, 2
-        and 4 (and, of codecs without a guard, whose largest is), the one with the fewest bytes, parameters included.
-        With `bytes_per_row`: of those that keep within it, the one with the least mean KL.
+        and 4 (and, of codecs that cannot code a single row more finely, whose largest is), the one with the fewest
+        bytes, parameters included; its spec holds the target, so that tasks guard their rows wherever they run. With
+        `bytes_per_row`: of those that keep within it, the one with the least mean KL.
     list of Candidate
         All that were measured, the choice among them.
 
@@ -110,7 +111,9 @@ def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) ->
     if planned.max_kl is not None:
         meeting = [item for item in found if _meets(item, planned.max_kl)]
         if meeting:
-            return min(meeting, key=lambda item: item.bytes_over(num_rows)), found
+            smallest = min(meeting, key=lambda item: item.bytes_over(num_rows))
+            chosen = _guarded(smallest, planned.max_kl)
+            return chosen, [chosen if item is smallest else item for item in found]
     elif planned.bytes_per_row is not None:
         within = [item for item in found if item.bytes_over(num_rows) <= planned.bytes_per_row]
         if within:
@@ -202,8 +205,17 @@ def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows
 
 def _meets(candidate: Candidate, target: float) -> bool:
     is_guarded = isinstance(candidate.codec, SpectralCodec)
-    limit = _GUARD_FACTOR * target if is_guarded else target
+    limit = GUARD_FACTOR * target if is_guarded else target
     return candidate.mean_kl <= target * (1 + 1e-6) and candidate.max_kl <= limit * (1 + 1e-6)
+
+
+def _guarded(candidate: Candidate, target: float) -> Candidate:
+    """Give the candidate with the target in its spec: the codes are the same, and rows that break it are refused."""
+    spec = candidate.codec.spec
+    if not isinstance(spec, Codes | TopK):
+        return candidate  # a basis holds it already, and lossless needs none
+    guarded = type(spec).make(**{**dict(spec), "max_kl": target})
+    return replace(candidate, codec=codec_for(guarded, candidate.codec.num_classes))
 
 
 def _nothing_meets(target: RateTarget, found: Sequence[Candidate], num_rows: int) -> str:
