@@ -15,7 +15,7 @@ from torch import Tensor
 from kdcache.build.rate_control import Candidate, held_out_rows, measure_codec
 from kdcache.codecs import Codec, SpectralCodec, fitted_codec
 from kdcache.codecs.spectral import NUM_LEVELS
-from kdcache.documents import CacheDocument, CodecSpec, Codes, Spectral
+from kdcache.documents import CodecSpec, Codes, PlanDocument, Spectral
 from kdcache.errors import CodecError
 
 WIDE_BASIS_BYTES = 256_000_000
@@ -79,7 +79,7 @@ def is_uint8_codes(spec: CodecSpec) -> bool:
 
 
 def further_candidates(
-    chosen: Candidate, measured: Sequence[Candidate], logits: Tensor, cache: CacheDocument
+    chosen: Candidate, measured: Sequence[Candidate], logits: Tensor, plan: PlanDocument
 ) -> list[Candidate]:
     """Measure points beside a fitted basis, on at most 256 held-out rows, without fitting it again.
 
@@ -94,7 +94,7 @@ def further_candidates(
         As `choose_codec` gives them.
     logits : Tensor [row, class]
         The pilot.
-    cache : CacheDocument
+    plan : PlanDocument
 
     Returns
     -------
@@ -108,7 +108,7 @@ def further_candidates(
     for fit in _fits(base.codec, base.parameters, measured, logits):
         try:
             codec, parameters = fit()
-            found.append(measure_codec(codec, parameters, logits, cache, max_rows=_MAX_ROWS))
+            found.append(measure_codec(codec, parameters, logits, plan, max_rows=_MAX_ROWS))
         except CodecError:  # no step of it meets this target
             continue
     return found

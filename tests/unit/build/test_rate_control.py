@@ -1,10 +1,13 @@
 """Rate control: the codec is chosen from what was measured, and says what it came to."""
 
+import shutil
+
 import pytest
 import torch
 
-from kdcache import open_cache
+from kdcache import open_cache, verify_cache
 from kdcache.build import build_cache, plan_cache
+from kdcache.build.plan import choose_layout
 from kdcache.documents import Codes, RateTarget, Spectral, TopK
 from kdcache.errors import CodecError, DocumentError, OptionError
 from kdcache.store import CacheStore
@@ -195,6 +198,76 @@ def test_a_row_unlike_the_pilot_that_topk_cannot_hold_stops_the_build(tmp_path):
     options = {"codec": TopK(k=1, max_kl=0.02), "num_pilot_rows": 64, "batch_size": 16}
     with pytest.raises(CodecError, match=r"Row 44 has a KL.*use Spectral\(max_kl=0\.02\), a larger k"):
         build_cache(tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Peaked()}, **options)
+
+
+class Patternless(torch.nn.Module):
+    """Logits that no basis is smaller than: each row's are drawn anew."""
+
+    def forward(self, hidden):
+        seeds = (hidden[:, 0].double() * 1e6).round().long().tolist()
+        draws = [torch.randn(3000, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return 2 * torch.stack(draws)
+
+
+PATTERNLESS = TransferSet.from_arrays(hidden(300))
+
+
+def patternless(tmp_path, **options):
+    return build_cache(
+        tmp_path / "cache", PATTERNLESS, {"a": Patternless()},
+        max_kl=0.001, num_pilot_rows=80, batch_size=16, shard_rows=256, **options,
+    )  # fmt: skip
+
+
+def test_chunks_are_laid_out_for_the_codec_that_was_chosen(tmp_path):
+    cache = patternless(tmp_path)
+    store = CacheStore.at(tmp_path / "cache")
+    document = store.teacher("a")
+    assert document.codec == Codes(max_kl=1e-3)
+    assert store.cache_document().chunk_rows == 256
+    assert (
+        document.chunk_rows == choose_layout(Codes(), num_classes=3000, num_rows=300, shard_rows=256).chunk_rows == 64
+    )
+    assert store.zarr_group()["teachers/a/codes"].chunks == (64, 3001)
+    logits = Patternless()(hidden(300)[[3, 299]])
+    assert torch.allclose(cache.read([3, 299]).probabilities(2.0), torch.softmax(logits / 2, dim=1), atol=1e-3)
+    assert verify_cache(tmp_path / "cache").is_sound
+
+
+def test_chunk_rows_that_were_asked_for_stay(tmp_path):
+    patternless(tmp_path, chunk_rows=128)
+    store = CacheStore.at(tmp_path / "cache")
+    assert store.teacher("a").chunk_rows is None
+    assert store.zarr_group()["teachers/a/codes"].chunks == (128, 3001)
+
+
+def test_a_build_that_goes_on_without_the_option_keeps_chunk_rows_that_were_asked_for(tmp_path):
+    first = patternless(tmp_path, chunk_rows=128)
+    (tmp_path / "cache/complete.json").unlink()
+    shutil.rmtree(tmp_path / "cache/teachers/a")
+    shutil.rmtree(tmp_path / "cache/commits/a")
+    again = build_cache(tmp_path / "cache", PATTERNLESS, {"a": Patternless()})
+    assert again.complete == first.complete
+
+
+def test_building_again_without_chunk_rows_is_the_same_plan(tmp_path):
+    assert patternless(tmp_path).complete == patternless(tmp_path).complete
+
+
+def test_a_teacher_added_later_has_the_chunks_of_its_own_codec(tmp_path):
+    patternless(tmp_path)
+    build_cache(
+        tmp_path / "cache", PATTERNLESS, {"a": Patternless(), "b": Head(num_classes=3000)}, add_teachers=True
+    )  # fmt: skip
+    store = CacheStore.at(tmp_path / "cache")
+    chunks = {name: store.zarr_group()[f"teachers/{name}/codes"].chunks for name in "ab"}
+    assert chunks == {"a": (64, 3001), "b": (256, 7)}
+
+
+def test_a_basis_that_is_narrow_has_larger_chunks_than_the_plan_reckoned_with(tmp_path):
+    build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01, shard_rows=1024)
+    document = CacheStore.at(tmp_path / "cache").teacher("a")
+    assert (document.codec.rank, document.chunk_rows) == (6, 1024)
 
 
 class Wide(Head):
