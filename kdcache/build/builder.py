@@ -12,7 +12,7 @@ from kdcache.build.draft import Address, Draft, PlanOptions, Teachers, make_draf
 from kdcache.build.executors import Executor, open_executor
 from kdcache.build.finalise import finalise
 from kdcache.build.pilot import Forecast, Pilot
-from kdcache.build.plan import Merge, refuse_other_plan
+from kdcache.build.plan import Merge, chunk_rows_of, refuse_other_plan
 from kdcache.build.task import remaining_shards
 from kdcache.build.teachers import Autocast
 from kdcache.build.work import StoredTeacher
@@ -233,6 +233,7 @@ def _publish_teacher(draft: Draft, stored: StoredTeacher, pilot: Pilot | None) -
     if pilot is None:
         return
     codec = pilot.codec
+    chunk_rows = chunk_rows_of(draft.plan, codec.spec)
     document = TeacherDocument.make(
         name=stored.name,
         members=stored.members,
@@ -241,6 +242,7 @@ def _publish_teacher(draft: Draft, stored: StoredTeacher, pilot: Pilot | None) -
         codec=codec.spec,
         num_columns=codec.num_columns,
         storage_dtype=codec.storage_dtype,
+        chunk_rows=None if chunk_rows == draft.plan.cache.chunk_rows else chunk_rows,
         parameters={},  # described by the store, from the arrays
         num_pilot_rows=pilot.forecast.num_pilot_rows,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["break_even_rows", "further_candidates", "spectral_parameter_bytes"]
+__all__ = ["break_even_rows", "further_candidates", "is_uint8_codes", "spectral_parameter_bytes"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from kdcache.build.rate_control import Candidate, held_out_rows, measure_codec
 from kdcache.codecs import Codec, SpectralCodec, fitted_codec
 from kdcache.codecs.spectral import NUM_LEVELS
-from kdcache.documents import CacheDocument, Codes, Spectral
+from kdcache.documents import CodecSpec, Codes, PlanDocument, Spectral
 from kdcache.errors import CodecError
 
 WIDE_BASIS_BYTES = 256_000_000
@@ -73,8 +73,13 @@ def spectral_parameter_bytes(num_classes: int, rank: int) -> int:
     return 2 * num_classes * rank + 8 * num_classes + 4 * NUM_LEVELS
 
 
+def is_uint8_codes(spec: CodecSpec) -> bool:
+    """Tell whether a spec is that of plain uint8 codes, with or without a target."""
+    return isinstance(spec, Codes) and spec.model_copy(update={"max_kl": None}) == Codes()
+
+
 def further_candidates(
-    chosen: Candidate, measured: Sequence[Candidate], logits: Tensor, cache: CacheDocument
+    chosen: Candidate, measured: Sequence[Candidate], logits: Tensor, plan: PlanDocument
 ) -> list[Candidate]:
     """Measure points beside a fitted basis, on at most 256 held-out rows, without fitting it again.
 
@@ -89,7 +94,7 @@ def further_candidates(
         As `choose_codec` gives them.
     logits : Tensor [row, class]
         The pilot.
-    cache : CacheDocument
+    plan : PlanDocument
 
     Returns
     -------
@@ -103,7 +108,7 @@ def further_candidates(
     for fit in _fits(base.codec, base.parameters, measured, logits):
         try:
             codec, parameters = fit()
-            found.append(measure_codec(codec, parameters, logits, cache, max_rows=_MAX_ROWS))
+            found.append(measure_codec(codec, parameters, logits, plan, max_rows=_MAX_ROWS))
         except CodecError:  # no step of it meets this target
             continue
     return found
@@ -112,7 +117,7 @@ def further_candidates(
 def _fits(
     codec: SpectralCodec, parameters: Mapping[str, np.ndarray], measured: Sequence[Candidate], logits: Tensor
 ) -> Iterator[Callable[[], Fitted]]:
-    if all(item.codec.spec != Codes() for item in measured):
+    if not any(is_uint8_codes(item.codec.spec) for item in measured):
         yield partial(fitted_codec, Codes(), codec.num_classes, logits)
     for factor in _STEP_FACTORS:
         if codec.max_kl is None or factor**2 * codec.max_kl <= _LARGEST_TARGET:

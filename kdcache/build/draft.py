@@ -172,7 +172,9 @@ def _propose(
     transfer_set: TransferSet, members: Sequence[Teacher], plans: Sequence[PlanDocument], options: PlanOptions
 ) -> PlanDocument:
     """Plan what is asked for; what is left out is as in the standing plan, where there is one."""
+    keeps_chunk_rows = options.chunk_rows is not None
     if plans:
+        keeps_chunk_rows |= plans[-1].keeps_chunk_rows is not None
         options = _filled_in(options, plans[-1])
     return make_plan(
         transfer_set,
@@ -185,6 +187,7 @@ def _propose(
         chunk_rows=options.chunk_rows,
         batch_size=options.batch_size,
         num_pilot_rows=options.num_pilot_rows,
+        keeps_chunk_rows=keeps_chunk_rows,
     )
 
 

@@ -162,8 +162,8 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
             if index or len(keys) == 1:
                 inference_seconds += time.perf_counter() - start
     logits = torch.cat(pieces)
-    chosen, candidates = choose_codec(plan.codec, logits, plan.cache)
-    further = further_candidates(chosen, candidates, logits, plan.cache) if with_curve else []
+    chosen, candidates = choose_codec(logits, plan)
+    further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     num_pilot_rows = sum(map(len, pieces))
     forecast = TeacherForecast(
         name=stored.name,

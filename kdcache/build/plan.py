@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Layout", "choose_layout", "extend_plan", "make_plan", "refuse_other_plan"]
+__all__ = ["Layout", "choose_layout", "chunk_rows_of", "extend_plan", "make_plan", "refuse_other_plan"]
 
 import json
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import numpy as np
 from kdcache.codecs import codec_for
 from kdcache.documents import (
     CacheDocument,
+    CodecSpec,
     Fingerprint,
     PlanDocument,
     PlannedCodec,
@@ -95,6 +96,26 @@ def choose_layout(
     return Layout(shard_rows, chunk_rows)
 
 
+def chunk_rows_of(plan: PlanDocument, codec: CodecSpec) -> int:
+    """Give the rows of a chunk of one teacher.
+
+    They are the cache's, but for a rate target for which none were asked for: the plan is made before the codec is
+    chosen and reckons with a basis, and chunks of as many rows of all classes would be tens of megabytes each.
+
+    Parameters
+    ----------
+    plan : PlanDocument
+    codec : codec spec
+        That of the teacher, fitted.
+    """
+    cache = plan.cache
+    if plan.keeps_chunk_rows or not isinstance(plan.codec, RateTarget):
+        return cache.chunk_rows
+    return choose_layout(
+        codec, num_classes=cache.num_classes, num_rows=cache.num_rows, shard_rows=cache.shard_rows
+    ).chunk_rows
+
+
 def make_plan(
     transfer_set: TransferSet,
     fingerprints: Sequence[Fingerprint],
@@ -107,8 +128,11 @@ def make_plan(
     chunk_rows: int | None = None,
     batch_size: int | None = None,
     num_pilot_rows: int | None = None,
+    keeps_chunk_rows: bool | None = None,
 ) -> PlanDocument:
     """Make the plan of a new cache.
+
+    `keeps_chunk_rows` says whether the chunk rows were asked for; they were where they are given, if it is absent.
 
     Raises
     ------
@@ -117,6 +141,8 @@ def make_plan(
     TransferSetError
         The transfer set's ids, labels or inputs are malformed.
     """
+    if keeps_chunk_rows is None:
+        keeps_chunk_rows = chunk_rows is not None
     num_rows = int(transfer_set.num_rows.sum(dtype=np.int64))
     layout = choose_layout(
         codec, num_classes=num_classes, num_rows=num_rows, shard_rows=shard_rows, chunk_rows=chunk_rows
@@ -143,6 +169,7 @@ def make_plan(
         codec=codec,
         batch_size=BATCH_SIZE if batch_size is None else batch_size,
         num_pilot_rows=min(_pilot_rows(codec, num_classes) if num_pilot_rows is None else num_pilot_rows, num_rows),
+        keeps_chunk_rows=True if isinstance(codec, RateTarget) and keeps_chunk_rows else None,
     )
 
 

@@ -6,30 +6,31 @@ __all__ = ["Candidate", "choose_codec", "held_out_rows", "measure_codec"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
+from kdcache.build.plan import chunk_rows_of
 from kdcache.build.task import certify_codes
-from kdcache.codecs import Codec, Decoder, SpectralCodec, fitted_codec, parameters_to
+from kdcache.codecs import Codec, Decoder, SpectralCodec, codec_for, fitted_codec, parameters_to
 from kdcache.codecs.fidelity import measure_codes
+from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.documents import (
-    CacheDocument,
     CertificateDocument,
     CodecSpec,
     Codes,
     Lossless,
-    PlannedCodec,
+    PlanDocument,
     RateTarget,
     Spectral,
     TopK,
 )
 from kdcache.errors import CodecError
-from kdcache.store.shards import ShardSpec, encode_shard
+from kdcache.store.shards import encode_shard
+from kdcache.store.teachers import codec_shard_spec
 
 MAX_HELD_OUT_ROWS = 512
-_GUARD_FACTOR = 2.0
 _TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
 _STEP_ROUNDS = 8
 MIN_ROWS_FOR_BASIS = 64
@@ -76,23 +77,23 @@ def held_out_rows(logits: Tensor) -> Tensor:
     return logits if len(logits) < MIN_ROWS_FOR_BASIS else logits[-count:]
 
 
-def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) -> tuple[Candidate, list[Candidate]]:
+def choose_codec(logits: Tensor, plan: PlanDocument) -> tuple[Candidate, list[Candidate]]:
     """Fit the codec that was asked for, or the best of those that reach what was asked for.
 
     Parameters
     ----------
-    planned : codec spec or RateTarget
     logits : Tensor [row, class]
         The pilot.
-    cache : CacheDocument
-        Its classes, rows and chunks.
+    plan : PlanDocument
+        The codec or target that was asked for, and the cache's classes, rows and chunks.
 
     Returns
     -------
     Candidate
         The choice. With `max_kl`: of those whose mean KL on held-out rows is at most the target at temperatures 1, 2
-        and 4 (and, of codecs without a guard, whose largest is), the one with the fewest bytes, parameters included.
-        With `bytes_per_row`: of those that keep within it, the one with the least mean KL.
+        and 4 (and, of codecs that cannot code a single row more finely, whose largest is), the one with the fewest
+        bytes, parameters included; its spec holds the target, so that tasks guard their rows wherever they run. With
+        `bytes_per_row`: of those that keep within it, the one with the least mean KL.
     list of Candidate
         All that were measured, the choice among them.
 
@@ -101,16 +102,19 @@ def choose_codec(planned: PlannedCodec, logits: Tensor, cache: CacheDocument) ->
     CodecError
         The codec cannot hold the pilot, or no codec reaches the target; the message says what came nearest.
     """
+    planned, cache = plan.codec, plan.cache
     if not isinstance(planned, RateTarget):
         codec, parameters = fitted_codec(planned, cache.num_classes, logits)
-        only = measure_codec(codec, parameters, logits, cache)
+        only = measure_codec(codec, parameters, logits, plan)
         return only, [only]
     num_rows = cache.num_rows * cache.num_views
-    found = list(_candidates(planned, logits, cache, num_rows))
+    found = list(_candidates(planned, logits, plan))
     if planned.max_kl is not None:
         meeting = [item for item in found if _meets(item, planned.max_kl)]
         if meeting:
-            return min(meeting, key=lambda item: item.bytes_over(num_rows)), found
+            smallest = min(meeting, key=lambda item: item.bytes_over(num_rows))
+            chosen = _guarded(smallest, planned.max_kl)
+            return chosen, [chosen if item is smallest else item for item in found]
     elif planned.bytes_per_row is not None:
         within = [item for item in found if item.bytes_over(num_rows) <= planned.bytes_per_row]
         if within:
@@ -122,7 +126,7 @@ def measure_codec(
     codec: Codec,
     parameters: Mapping[str, np.ndarray],
     logits: Tensor,
-    cache: CacheDocument,
+    plan: PlanDocument,
     *,
     max_rows: int = MAX_HELD_OUT_ROWS,
 ) -> Candidate:
@@ -137,7 +141,7 @@ def measure_codec(
     return Candidate(
         codec=codec,
         parameters=parameters,
-        bytes_per_row=_stored_bytes(codes.cpu().numpy(), codec, cache) / len(held_out),
+        bytes_per_row=_stored_bytes(codes.cpu().numpy(), codec, plan) / len(held_out),
         parameter_bytes=sum(array.nbytes for array in parameters.values()),
         certificate=certificate,
         mean_kl=float(divergences.mean(dim=0).max()),
@@ -146,42 +150,43 @@ def measure_codec(
     )
 
 
-def _candidates(target: RateTarget, logits: Tensor, cache: CacheDocument, num_rows: int) -> Iterator[Candidate]:
+def _candidates(target: RateTarget, logits: Tensor, plan: PlanDocument) -> Iterator[Candidate]:
     specs: list[CodecSpec] = [Codes(), Codes(dtype="uint16"), Lossless()]
     for spec in specs:
-        found = _attempt(spec, logits, cache)
+        found = _attempt(spec, logits, plan)
         if found is not None:
             yield found
             if target.max_kl is not None and _meets(found, target.max_kl):
                 break  # the finer ones are larger
-    if len(logits) < MIN_ROWS_FOR_BASIS or cache.num_classes < 3:
+    if len(logits) < MIN_ROWS_FOR_BASIS or plan.cache.num_classes < 3:
         return
     if target.max_kl is not None:
-        found = _attempt(Spectral(max_kl=target.max_kl), logits, cache)
+        found = _attempt(Spectral(max_kl=target.max_kl), logits, plan)
         if found is not None:
             yield found
     elif target.bytes_per_row is not None:
-        yield from _within_budget(target.bytes_per_row, logits, cache, num_rows)
+        yield from _within_budget(target.bytes_per_row, logits, plan)
     for k in _KEPT_CLASSES:
-        found = _attempt(TopK(k=k), logits, cache) if k < cache.num_classes else None
+        found = _attempt(TopK(k=k), logits, plan) if k < plan.cache.num_classes else None
         if found is not None:
             yield found
 
 
-def _attempt(spec: CodecSpec, logits: Tensor, cache: CacheDocument) -> Candidate | None:
+def _attempt(spec: CodecSpec, logits: Tensor, plan: PlanDocument) -> Candidate | None:
     """Fit and measure a codec; None where it cannot hold these logits."""
     try:
-        codec, parameters = fitted_codec(spec, cache.num_classes, logits)
-        return measure_codec(codec, parameters, logits, cache)
+        codec, parameters = fitted_codec(spec, plan.cache.num_classes, logits)
+        return measure_codec(codec, parameters, logits, plan)
     except CodecError:
         return None
 
 
-def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows: int) -> Iterator[Candidate]:
+def _within_budget(budget: float, logits: Tensor, plan: PlanDocument) -> Iterator[Candidate]:
     """Find the step with which a basis just keeps within a budget of bytes a row, by halving intervals of its log."""
-    first = _attempt(Spectral(max_kl=0.01), logits, cache)
+    first = _attempt(Spectral(max_kl=0.01), logits, plan)
     if first is None or not isinstance(first.codec, SpectralCodec):
         return
+    num_rows = plan.cache.num_rows * plan.cache.num_views
     base = float(first.parameters["steps"][SpectralCodec.base_level])
     low, high = base / 1024, base * 1024
     best: Candidate | None = None
@@ -189,7 +194,7 @@ def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows
         step = float(np.sqrt(low * high))
         codec, parameters = first.codec.with_step(first.parameters, step)
         try:
-            found = measure_codec(codec, parameters, logits, cache)
+            found = measure_codec(codec, parameters, logits, plan)
         except CodecError:  # so fine a step that codes do not reach
             low = step
             continue
@@ -202,8 +207,17 @@ def _within_budget(budget: float, logits: Tensor, cache: CacheDocument, num_rows
 
 def _meets(candidate: Candidate, target: float) -> bool:
     is_guarded = isinstance(candidate.codec, SpectralCodec)
-    limit = _GUARD_FACTOR * target if is_guarded else target
+    limit = GUARD_FACTOR * target if is_guarded else target
     return candidate.mean_kl <= target * (1 + 1e-6) and candidate.max_kl <= limit * (1 + 1e-6)
+
+
+def _guarded(candidate: Candidate, target: float) -> Candidate:
+    """Give the candidate with the target in its spec: the codes are the same, and rows that break it are refused."""
+    spec = candidate.codec.spec
+    if not isinstance(spec, Codes | TopK):
+        return candidate  # a basis holds it already, and lossless needs none
+    guarded = type(spec).make(**{**dict(spec), "max_kl": target})
+    return replace(candidate, codec=codec_for(guarded, candidate.codec.num_classes))
 
 
 def _nothing_meets(target: RateTarget, found: Sequence[Candidate], num_rows: int) -> str:
@@ -217,9 +231,15 @@ def _nothing_meets(target: RateTarget, found: Sequence[Candidate], num_rows: int
     )
 
 
-def _stored_bytes(codes: np.ndarray, codec: Codec, cache: CacheDocument) -> float:
-    chunk_rows = min(cache.chunk_rows, max(len(codes) // 8 * 8, 1))  # bits are shuffled by eights; real chunks fit
+def _stored_bytes(codes: np.ndarray, codec: Codec, plan: PlanDocument) -> float:
+    chunk_rows = chunk_rows_of(plan, codec.spec)
+    chunk_rows = min(chunk_rows, max(len(codes) // 8 * 8, 1))  # bits are shuffled by eights; real chunks fit
     whole = len(codes) // chunk_rows * chunk_rows
-    by_column = isinstance(codec, SpectralCodec)
-    spec = ShardSpec(whole, chunk_rows, codec.num_columns, codec.storage_dtype, codec.fill, by_column=by_column)
+    spec = codec_shard_spec(
+        codec.spec,
+        shard_rows=whole,
+        chunk_rows=chunk_rows,
+        num_columns=codec.num_columns,
+        storage_dtype=codec.storage_dtype,
+    )
     return len(encode_shard(codes[:whole], spec)) * len(codes) / whole

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.build import Forecast, TeacherForecast
-from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, spectral_parameter_bytes
+from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_codes, spectral_parameter_bytes
 from kdcache.build.pilot import RatePoint
 from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
@@ -217,10 +217,14 @@ def _in_words(spec: CodecSpec) -> str:
         how = f"step {spec.step:.3g}" if spec.step is not None else f"max_kl {spec.max_kl or 0.01:.3g}"
         return f"basis of {spec.rank}, {how}"
     if isinstance(spec, Codes):
-        return f"{spec.dtype} codes" + (", uniform" if spec.spacing == "uniform" else "")
+        return f"{spec.dtype} codes" + (", uniform" if spec.spacing == "uniform" else "") + _target(spec.max_kl)
     if isinstance(spec, TopK):
-        return f"top-{spec.k}, tail {spec.tail}"
+        return f"top-{spec.k}, tail {spec.tail}" + _target(spec.max_kl)
     return f"{spec.kind} {spec.dtype}"
+
+
+def _target(max_kl: float | None) -> str:
+    return "" if max_kl is None else f", max_kl {max_kl:.3g}"
 
 
 def _basis_point(item: TeacherForecast) -> RatePoint | None:
@@ -230,7 +234,7 @@ def _basis_point(item: TeacherForecast) -> RatePoint | None:
 
 
 def _codes_point(item: TeacherForecast) -> RatePoint | None:
-    return next((point for point in item.points if point.codec == Codes()), None)
+    return next((point for point in item.points if is_uint8_codes(point.codec)), None)
 
 
 def _break_even(forecast: Forecast, item: TeacherForecast) -> dict[str, int | None] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["MAX_EXPONENT", "WIDEST_MEAN_SPACING", "CodesCodec"]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from kdcache.codecs.base import (
     row_blocks,
 )
 from kdcache.codecs.certificate import LADDER, measure
+from kdcache.codecs.divergence import TEMPERATURES, divergences
+from kdcache.codecs.guard import refuse_beyond_target
 from kdcache.documents.codec_specs import Codes
 from kdcache.errors import CodecError
 
@@ -39,6 +41,7 @@ _MASKED_ROW = 128  # added to the exponent of a row that has masked classes
 _MARGIN = 17 / 16  # room above the pilot's rows, so that most later rows need no larger exponent
 _NARROWEST = 2.0**-10  # a range of a thousandth of a nat: nothing narrower needs resolving
 _CURVATURES = tuple(index / 20 for index in range(20))  # 0 is uniform; at 1 the first level would have no width
+_GUARD_ELEMENTS = 2**22
 _SEARCH_ELEMENTS = 2**18
 _MIN_SEARCH_ROWS = 16
 _NAN_BITS = 0x7FC00000
@@ -57,6 +60,9 @@ class CodesCodec:
       gaps, exponent and bound. A row that has any says so: 128 is added to its exponent.
     - Each gap gets the nearest level, so that a row's error range is bounded by its codes alone: `error_range_bound`.
     - The largest code, 255 or 65,535, is reserved for holes. A hole decodes to NaN.
+    - With `max_kl`, rows that are encoded together keep to it in the mean, and each to twice of it, at T = 1, 2 and 4,
+      or they are refused: a wider row has a coarser step, and no finer one would reach its ends. Rows whose error range
+      keeps their KL below the target need no measuring; of the others the KL is measured.
 
     The coefficients (a, b) are the source; the codebook is made from them and stored for readers that know nothing but
     the table. The two agree bit for bit: b has 8 significant bits, so that b c is exact in float32 and fused and
@@ -219,7 +225,7 @@ class CodesCodec:
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
     ) -> Shaped[Tensor, "row column"]:
-        """Give every logit the code whose level is nearest to its gap, and every row its exponent.
+        """Give every logit the code whose level is nearest to its gap, and every row its exponent; check a target.
 
         Parameters
         ----------
@@ -236,13 +242,20 @@ class CodesCodec:
         Raises
         ------
         CodecError
-            A row spans more than `widest_gap`, or is more than 2^30 times as wide as the codebook.
+            A row spans more than `widest_gap`, or is more than 2^30 times as wide as the codebook; or the rows break
+            `max_kl`.
         NonFiniteLogitsError
             A logit is NaN or +inf, or all of a row are -inf.
         ShapeError, WrongClassCountError
             The logits are no [row, class] array of this codec's classes.
         """
         check_logits(logits, self.num_classes)
+        codes = self._encoded(logits, parameters)
+        if self.spec.max_kl is not None and len(logits):
+            self._guard(logits.detach(), codes, parameters, self.spec.max_kl)
+        return codes
+
+    def _encoded(self, logits: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         num_rows, num_classes = logits.shape
         last_level = parameters["codebook"][-1]
         codes = torch.empty(num_rows, self.num_columns, dtype=TORCH_DTYPES[self.storage_dtype], device=logits.device)
@@ -347,6 +360,35 @@ class CodesCodec:
     def _last_code(self) -> int:
         return self.fill - 2
 
+    def _guard(self, logits: Tensor, codes: Tensor, parameters: Mapping[str, Tensor], target: float) -> None:
+        """Refuse rows that break the target; measures those that their error range does not clear."""
+        felt = torch.cat([self._kl_bounds(codes[block], parameters) for block in _guard_blocks(logits)])
+        is_open = felt.amax(dim=1) > target
+        self._measure_rows(felt, is_open, logits, codes, parameters)
+        if bool((felt.mean(dim=0) > target).any()):  # bounds stand in it yet
+            self._measure_rows(felt, ~is_open, logits, codes, parameters)
+        finer = 'Codes(dtype="uint16") or ' if self.spec.dtype == "uint8" else ""
+        refuse_beyond_target(felt, target, remedy=f"use {finer}Lossless()")
+
+    def _kl_bounds(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Bound KL at the temperatures of the guard, [row, temperature] float64: Hoeffding's lemma, as `kl_bound`."""
+        ranges = self.error_range_bound(codes, parameters).to(torch.float64)
+        return torch.stack([(ranges / temperature) ** 2 / 8 for temperature in TEMPERATURES], dim=1)
+
+    def _measure_rows(
+        self, felt: Tensor, chosen: Tensor, logits: Tensor, codes: Tensor, parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Put the measured KL of chosen rows in the place of their bounds."""
+        for block in _guard_blocks(logits):
+            rows = chosen[block].nonzero()[:, 0] + block.start
+            if len(rows):
+                true, coded = logits[rows], self.decode(_rows_of(codes, rows), parameters)
+                is_plain = bool(coded.isfinite().all())  # `divergences` takes no masked classes
+                if is_plain:
+                    felt[rows] = divergences(true, coded, smallest=self.spec.max_kl or 1e-3)
+                else:
+                    felt[rows] = measure(true, coded, TEMPERATURES)
+
     def _decode_block(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         linear, quadratic = parameters["coefficients"].unbind()
         last_column = codes[:, -1:].to(torch.int32)
@@ -413,8 +455,17 @@ class CodesCodec:
     def _mean_kl(self, logits: Tensor, width: float, curvature: float) -> float:
         arrays = _parameters(width, curvature, last_code=self._last_code)
         parameters = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        decoded = self.decode(self.encode(logits, parameters), parameters)
+        decoded = self.decode(self._encoded(logits, parameters), parameters)
         return float(measure(logits, decoded, LADDER).mean())
+
+
+def _guard_blocks(logits: Tensor) -> Iterator[slice]:
+    return row_blocks(*logits.shape, max_elements=_GUARD_ELEMENTS)
+
+
+def _rows_of(codes: Tensor, rows: Tensor) -> Tensor:
+    """Take rows of codes; torch indexes no uint16."""
+    return codes.view(torch.int16)[rows].view(torch.uint16) if codes.dtype == torch.uint16 else codes[rows]
 
 
 def _gaps(logits: Tensor, *, masked_gap: float | None = None) -> Tensor:

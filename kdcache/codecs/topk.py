@@ -22,7 +22,10 @@ from kdcache.codecs.base import (
     checked_temperature,
     row_blocks,
 )
+from kdcache.codecs.certificate import measure
 from kdcache.codecs.columns import LARGEST_CODE, Columns
+from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.codecs.guard import refuse_beyond_target
 from kdcache.codecs.levels import Levels
 from kdcache.codecs.sampling import inclusion_probabilities
 from kdcache.codecs.selection import gaps_to_maximum, largest, last_finite, refuse_other_masks
@@ -32,6 +35,8 @@ from kdcache.codecs.topk_format import EMPTY, FAR_CODES, NODE_STEP, THRESHOLD_ST
 from kdcache.codecs.topk_pilot import PilotSums
 from kdcache.documents.codec_specs import TopK
 from kdcache.errors import CodecError
+
+_GUARD_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,7 @@ class TopKCodec:
     ) -> Shaped[Tensor, "row column"]:
         """Give every row its kept classes, the log-partition of its tail and, for tail `samples`, drawn classes.
 
+        With a target, every row is decoded and measured at temperatures 1, 2 and 4; rows that break it are refused.
         Equal logits give equal codes, whatever rows stand beside them. Among equal logits the lowest classes are kept.
 
         Parameters
@@ -297,7 +303,7 @@ class TopKCodec:
         Raises
         ------
         CodecError
-            For tail `class-means`, a row masks other classes than the pilot's rows.
+            For tail `class-means`, a row masks other classes than the pilot's rows; or the rows break `max_kl`.
         NonFiniteLogitsError
             A row holds NaN or +inf, or nothing but -inf.
         ShapeError, WrongClassCountError
@@ -315,7 +321,19 @@ class TopKCodec:
             if masked is not None:
                 refuse_other_masks(gaps, masked, first_row=block.start)
             codes[block] = self.columns.pack(encoder.fields(gaps))
+        if self.spec.max_kl is not None and len(logits):
+            self._guard(logits.detach(), codes, parameters, self.spec.max_kl)
         return codes
+
+    def _guard(self, logits: Tensor, codes: Tensor, parameters: Mapping[str, Tensor], target: float) -> None:
+        """Measure every row as it is decoded at each temperature, and refuse rows that break the target."""
+        measured = torch.empty(len(logits), len(TEMPERATURES), dtype=torch.float64)
+        for block in row_blocks(*logits.shape, max_elements=_GUARD_ELEMENTS):
+            for place, temperature in enumerate(TEMPERATURES):
+                decoded = self.decode(codes[block], parameters, temperature=temperature)
+                measured[block, place] = measure(logits[block], decoded, [temperature])[:, 0].cpu()
+        remedy = f"use Spectral(max_kl={target:g}), a larger k, or Codes()"
+        refuse_beyond_target(measured, target, remedy=remedy)
 
     def decode(
         self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor], *, temperature: float = 1.0

@@ -45,7 +45,7 @@ class CacheDocument(Document):
     shard_rows: Count
     """Rows of a stored object."""
     chunk_rows: Count
-    """Rows that are read and checked together."""
+    """Rows that are read and checked together, of teachers whose documents name no other number."""
     example_id_type: Literal["int64", "string"]
     transfer_set_digest: Digest
     """SHA-256 over ids, rows, labels and input digests, in row order."""

@@ -38,6 +38,9 @@ class Codes(Document):
     """254 or 65,534 levels; two more codes are reserved, for masked classes and for holes."""
     spacing: Literal["uniform", "companded"] = "companded"
     """`companded` spaces levels finely near the maximum, where the probability is, and coarsely in the tail."""
+    max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Target in nats, at temperatures 1, 2 and 4: a shard whose mean KL exceeds it, or a row of which exceeds twice of
+    it, is refused. No row is guarded where absent."""
 
 
 class Spectral(Document):
@@ -93,6 +96,15 @@ class TopK(Document):
     """For tail `samples`: classes are drawn in proportion to their soft targets at this temperature."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """For tail `samples`: with a row's own logits, it decides what is drawn."""
+    max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For tail `class-means`: target in nats, at temperatures 1, 2 and 4. A shard whose mean KL exceeds it, or a row of
+    which exceeds twice of it, is refused. No row is guarded where absent."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TopK:
+        if self.max_kl is not None and self.tail == "samples":
+            raise ValueError("soft targets that are sampled have no KL to hold max_kl against; use tail class-means")
+        return self
 
 
 class RateTarget(Document):
@@ -102,9 +114,9 @@ class RateTarget(Document):
 
     kind: Literal["rate-target"] = "rate-target"
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The smallest cache whose mean KL is at most this, in nats, at temperatures 1, 2 and 4. With a basis the target is
-    held in every block of rows and twice of it by every row; `codes` and `topk` guard no row, and are chosen only where
-    no held-out row exceeds the target itself."""
+    """The smallest cache whose mean KL is at most this, in nats, at temperatures 1, 2 and 4. The target is held in the
+    mean over every block of rows, and twice of it by every row: a basis codes rows more finely until they do; `codes`
+    and `topk`, which refuse rows that do not, are chosen only where no held-out row exceeds the target itself."""
     bytes_per_row: Annotated[float, Field(gt=0)] | None = None
     """The most faithful cache of at most so many bytes a row, the codec's own parameters included."""
 

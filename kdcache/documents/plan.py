@@ -34,6 +34,9 @@ class PlanDocument(Document):
     """Examples a teacher sees at once. Batches lie on a grid over the transfer set, so a row's logits never depend on
     which shards were still missing."""
     num_pilot_rows: Annotated[int, Field(ge=1)]
+    keeps_chunk_rows: Literal[True] | None = None
+    """With a rate target: chunk_rows was asked for, so all teachers have it. Where absent, each teacher has what suits
+    the codec it got."""
     previous: Digest | None = None
     """Digest of the plan before this one, where teachers were added."""
 

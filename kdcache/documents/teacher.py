@@ -55,6 +55,9 @@ class TeacherDocument(Document):
     """The codec as it was fitted: nothing in it is left open."""
     num_columns: Annotated[int, Field(ge=1)]
     """Stored columns a row."""
+    chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows that are read and checked together, a divisor of the cache's shard_rows; as the cache document says where
+    absent. Given where a codec that was chosen from a pilot has other rows than the plan reckoned with."""
     storage_dtype: Literal["uint8", "uint16", "float16", "float32"]
     parameters: dict[Name, Parameter]
     parameters_group: Name | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "check_codes",
+    "codec_shard_spec",
     "codes_metadata",
     "describe_parameters",
     "publish_parameters",
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, Parameter, Spectral, TeacherDocument, differences
+from kdcache.documents import CacheDocument, CodecSpec, Parameter, Spectral, TeacherDocument, differences
 from kdcache.errors import CodecError, ShapeError
 from kdcache.store import arrays, layout
 from kdcache.store.files import CacheFiles
@@ -63,14 +64,36 @@ def shard_spec(teacher_document: TeacherDocument, cache_document: CacheDocument)
     ShapeError
         The documents ask for a chunk that cannot be stored.
     """
-    return ShardSpec(
-        cache_document.shard_rows,
-        cache_document.chunk_rows,
-        teacher_document.num_columns,
-        teacher_document.storage_dtype,
-        _FILLS[teacher_document.storage_dtype],
-        by_column=isinstance(teacher_document.codec, Spectral),
+    return codec_shard_spec(
+        teacher_document.codec,
+        shard_rows=cache_document.shard_rows,
+        chunk_rows=teacher_document.chunk_rows or cache_document.chunk_rows,
+        num_columns=teacher_document.num_columns,
+        storage_dtype=teacher_document.storage_dtype,
     )
+
+
+def codec_shard_spec(
+    codec: CodecSpec, *, shard_rows: int, chunk_rows: int, num_columns: int, storage_dtype: str
+) -> ShardSpec:
+    """Give shape and coding of shards of a codec's codes.
+
+    Parameters
+    ----------
+    codec : codec spec
+    shard_rows, chunk_rows : int
+    num_columns : int
+        Columns of a row of codes.
+    storage_dtype : str
+        Their type.
+
+    Raises
+    ------
+    ShapeError
+        Such a chunk cannot be stored.
+    """
+    by_column = isinstance(codec, Spectral)
+    return ShardSpec(shard_rows, chunk_rows, num_columns, storage_dtype, _FILLS[storage_dtype], by_column=by_column)
 
 
 def codes_metadata(teacher_document: TeacherDocument, cache_document: CacheDocument) -> dict[str, Any]:

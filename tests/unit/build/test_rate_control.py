@@ -1,12 +1,16 @@
 """Rate control: the codec is chosen from what was measured, and says what it came to."""
 
+import shutil
+
 import pytest
 import torch
 
-from kdcache import open_cache
+from kdcache import open_cache, verify_cache
 from kdcache.build import build_cache, plan_cache
-from kdcache.documents import Codes, RateTarget, Spectral
+from kdcache.build.plan import choose_layout
+from kdcache.documents import Codes, RateTarget, Spectral, TopK
 from kdcache.errors import CodecError, DocumentError, OptionError
+from kdcache.store import CacheStore
 from kdcache.transfer_set import TransferSet
 
 
@@ -39,7 +43,7 @@ def test_many_classes_of_few_dimensions_are_stored_along_axes(tmp_path):
 
 
 def test_a_basis_that_costs_more_than_the_rows_is_not_chosen(tmp_path):
-    assert chosen(tmp_path, FEW_ROWS, max_kl=0.01).codec == Codes()
+    assert chosen(tmp_path, FEW_ROWS, max_kl=0.01).codec == Codes(max_kl=0.01)
 
 
 def test_the_choice_is_the_smallest_of_those_that_meet_the_target(tmp_path):
@@ -121,6 +125,149 @@ def test_a_row_that_no_step_can_code_stops_the_build_by_its_number(tmp_path):
             tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Shifted()},
             codec=Spectral(max_kl=0.01), num_pilot_rows=64, batch_size=16,
         )  # fmt: skip
+
+
+class Narrow(torch.nn.Linear):
+    """Five classes, of which a row of codes takes six bytes; one is all but masked where the first input is large."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(6, 5)
+
+    def forward(self, hidden):
+        logits = super().forward(hidden.clamp(-3, 3))
+        far = (hidden[:, :1] > 50) & (torch.arange(5) == 2)
+        return torch.where(far, -1000.0, logits)
+
+
+def narrow(tmp_path, *, far_row=None, **options):
+    rows = hidden(400)
+    if far_row is not None:
+        rows[far_row, 0] = 99.0
+    options = {"max_kl": 1e-4, "num_pilot_rows": 64, "batch_size": 16, **options}
+    return build_cache(tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Narrow()}, **options)
+
+
+def test_codes_chosen_for_a_target_keep_it_where_every_task_reads_it(tmp_path):
+    narrow(tmp_path)
+    assert CacheStore.at(tmp_path / "cache").teacher("a").codec == Codes(max_kl=1e-4)
+
+
+def test_codes_chosen_for_a_budget_have_no_target(tmp_path):
+    assert narrow(tmp_path, max_kl=None, bytes_per_row=14).teachers["a"].codec == Codes()
+
+
+def test_a_row_unlike_the_pilot_that_codes_cannot_hold_stops_the_build_by_its_number(tmp_path):
+    message = (
+        r"shard 4 of teacher 'a' cannot be encoded\. Row 44 has a KL of .* where max_kl=0.0001 allows a row twice of it"
+        r'.*At a new address, use Codes\(dtype="uint16"\) .*count from row 256 .*published are kept'
+    )
+    with pytest.raises(CodecError, match=message):
+        narrow(tmp_path, far_row=300)
+    assert 4 not in CacheStore.at(tmp_path / "cache").records("a")
+
+
+def test_a_build_that_goes_on_elsewhere_still_guards_its_rows(tmp_path):
+    for options in ({}, {"max_kl": None}):  # the second call says nothing of the target
+        with pytest.raises(CodecError, match="Row 44 has a KL"):
+            narrow(tmp_path, far_row=300, **options)
+
+
+def test_a_codec_that_is_named_with_a_target_is_guarded(tmp_path):
+    with pytest.raises(CodecError, match=r"max_kl=0\.001 allows"):
+        narrow(tmp_path, far_row=300, max_kl=None, codec=Codes(max_kl=1e-3))
+
+
+def test_a_target_that_the_pilots_rows_break_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(CodecError, match="has a KL"):
+        narrow(tmp_path, max_kl=None, codec=TopK(k=1, max_kl=1e-5))
+    assert not (tmp_path / "cache").exists()
+
+
+class Peaked(Narrow):
+    """Sure of all inputs but those whose first number is large: of these all classes but one are near."""
+
+    def forward(self, hidden):
+        sure = 30.0 * torch.nn.functional.one_hot(super().forward(hidden).argmax(dim=1), 5)
+        return torch.where(hidden[:, :1] > 50, torch.tensor([0.0, -0.1, -0.2, -30, -0.3]), sure)
+
+
+def test_a_row_unlike_the_pilot_that_topk_cannot_hold_stops_the_build(tmp_path):
+    rows = hidden(400)
+    rows[300, 0] = 99.0
+    options = {"codec": TopK(k=1, max_kl=0.02), "num_pilot_rows": 64, "batch_size": 16}
+    with pytest.raises(CodecError, match=r"Row 44 has a KL.*use Spectral\(max_kl=0\.02\), a larger k"):
+        build_cache(tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Peaked()}, **options)
+
+
+class Patternless(torch.nn.Module):
+    """Logits that no basis is smaller than: each row's are drawn anew."""
+
+    def forward(self, hidden):
+        seeds = (hidden[:, 0].double() * 1e6).round().long().tolist()
+        draws = [torch.randn(3000, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return 2 * torch.stack(draws)
+
+
+PATTERNLESS = TransferSet.from_arrays(hidden(300))
+
+
+def patternless(tmp_path, **options):
+    return build_cache(
+        tmp_path / "cache", PATTERNLESS, {"a": Patternless()},
+        max_kl=0.001, num_pilot_rows=80, batch_size=16, shard_rows=256, **options,
+    )  # fmt: skip
+
+
+def test_chunks_are_laid_out_for_the_codec_that_was_chosen(tmp_path):
+    cache = patternless(tmp_path)
+    store = CacheStore.at(tmp_path / "cache")
+    document = store.teacher("a")
+    assert document.codec == Codes(max_kl=1e-3)
+    assert store.cache_document().chunk_rows == 256
+    assert (
+        document.chunk_rows == choose_layout(Codes(), num_classes=3000, num_rows=300, shard_rows=256).chunk_rows == 64
+    )
+    assert store.zarr_group()["teachers/a/codes"].chunks == (64, 3001)
+    logits = Patternless()(hidden(300)[[3, 299]])
+    assert torch.allclose(cache.read([3, 299]).probabilities(2.0), torch.softmax(logits / 2, dim=1), atol=1e-3)
+    assert verify_cache(tmp_path / "cache").is_sound
+
+
+def test_chunk_rows_that_were_asked_for_stay(tmp_path):
+    patternless(tmp_path, chunk_rows=128)
+    store = CacheStore.at(tmp_path / "cache")
+    assert store.teacher("a").chunk_rows is None
+    assert store.zarr_group()["teachers/a/codes"].chunks == (128, 3001)
+
+
+def test_a_build_that_goes_on_without_the_option_keeps_chunk_rows_that_were_asked_for(tmp_path):
+    first = patternless(tmp_path, chunk_rows=128)
+    (tmp_path / "cache/complete.json").unlink()
+    shutil.rmtree(tmp_path / "cache/teachers/a")
+    shutil.rmtree(tmp_path / "cache/commits/a")
+    again = build_cache(tmp_path / "cache", PATTERNLESS, {"a": Patternless()})
+    assert again.complete == first.complete
+
+
+def test_building_again_without_chunk_rows_is_the_same_plan(tmp_path):
+    assert patternless(tmp_path).complete == patternless(tmp_path).complete
+
+
+def test_a_teacher_added_later_has_the_chunks_of_its_own_codec(tmp_path):
+    patternless(tmp_path)
+    build_cache(
+        tmp_path / "cache", PATTERNLESS, {"a": Patternless(), "b": Head(num_classes=3000)}, add_teachers=True
+    )  # fmt: skip
+    store = CacheStore.at(tmp_path / "cache")
+    chunks = {name: store.zarr_group()[f"teachers/{name}/codes"].chunks for name in "ab"}
+    assert chunks == {"a": (64, 3001), "b": (256, 7)}
+
+
+def test_a_basis_that_is_narrow_has_larger_chunks_than_the_plan_reckoned_with(tmp_path):
+    build_cache(tmp_path / "cache", ROWS, {"a": Head()}, max_kl=0.01, shard_rows=1024)
+    document = CacheStore.at(tmp_path / "cache").teacher("a")
+    assert (document.codec.rank, document.chunk_rows) == (6, 1024)
 
 
 class Wide(Head):

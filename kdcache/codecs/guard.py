@@ -1,0 +1,56 @@
+"""The guard of codecs without a finer code for a single row: rows that break a target for KL are refused, never stored.
+
+The spectral codec guards its rows by coding them again; see there. Codes and topk cannot: the step of a row of codes
+follows from the row's range, and topk keeps equally many classes of every row.
+"""
+
+from __future__ import annotations
+
+__all__ = ["GUARD_FACTOR", "refuse_beyond_target"]
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.errors import CodecError
+
+GUARD_FACTOR = 2.0
+"""No row's KL may exceed the target by more than this factor; their mean may not exceed it at all."""
+
+
+def refuse_beyond_target(measured: Float64[Tensor, "row temperature"], target: float, *, remedy: str) -> None:
+    """Refuse rows whose mean KL exceeds the target at a temperature, or one of which exceeds twice the target.
+
+    Parameters
+    ----------
+    measured : Tensor [row, temperature]
+        KL of all rows, at least one, that are encoded together, or upper bounds of it, at `TEMPERATURES`, in nats.
+    target : float
+        In nats.
+    remedy : str
+        What can hold such rows, as an imperative.
+
+    Raises
+    ------
+    CodecError
+        The message names the row with the largest KL.
+    """
+    place = int(measured.amax(dim=0).argmax())
+    row = int(measured[:, place].argmax())
+    largest = float(measured[row, place])
+    mean, warmest = (float(value) for value in measured.mean(dim=0).max(dim=0))
+    if largest <= GUARD_FACTOR * target and mean <= target:
+        return
+    told = f"Row {row} has a KL of {largest:.3g} nats at temperature {TEMPERATURES[place]:g}"
+    if largest > GUARD_FACTOR * target:
+        told = f"{told}, where max_kl={target:g} allows a row twice of it"
+    else:
+        told = (
+            f"{told}, the largest of {len(measured)} rows whose mean is {mean:.3g} at temperature "
+            f"{TEMPERATURES[int(warmest)]:g}, above max_kl={target:g}"
+        )
+    raise CodecError(
+        f"{told}. The codec was chosen or asked for on a pilot without such rows, and has no finer code for a single "
+        f"row. At a new address, {remedy}, take a larger pilot (num_pilot_rows), or a larger max_kl. Nothing was "
+        "encoded."
+    )
