@@ -77,8 +77,10 @@ class TeacherWithHead(nn.Module):
             The parts do not give the model's logits.
         """
         config = model.config
-        teacher = cls(model.base_model, model.get_output_embeddings(), softcap=_option(config, "final_logit_softcapping"))
-        scaled = [name for name in _SCALES if _option(config, name) not in {None, 1, 1.0}]
+        teacher = cls(
+            model.base_model, model.get_output_embeddings(), softcap=_option(config, "final_logit_softcapping")
+        )
+        scaled = [name for name in _SCALES if _option(config, name) not in {None, 1}]
         reason = f"it scales its logits ({', '.join(scaled)})" if scaled else teacher._difference(model)
         if reason:
             raise JobError(

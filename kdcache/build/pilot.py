@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
@@ -18,6 +17,7 @@ from kdcache.build.rate_control import Candidate, choose_codec
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.work import StoredTeacher
 from kdcache.codecs import Codec
+from kdcache.codecs.head_logits import Logits, concatenated
 from kdcache.documents import CertificateDocument, CodecSpec, PlanDocument
 
 KEPT_PILOT_BYTES = 2**28
@@ -127,7 +127,7 @@ class Pilot:
     codec: Codec
     parameters: dict[str, np.ndarray]
     forecast: TeacherForecast
-    kept: Mapping[BatchKey, Tensor]
+    kept: Mapping[BatchKey, Logits]
 
 
 def pilot_batches(row_map: RowMap, num_pilot_rows: int) -> list[BatchKey]:
@@ -161,7 +161,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
             pieces.append(next(stream))
             if index or len(keys) == 1:
                 inference_seconds += time.perf_counter() - start
-    logits = torch.cat(pieces)
+    logits = concatenated(pieces)
     chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     num_pilot_rows = sum(map(len, pieces))
@@ -185,8 +185,9 @@ def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
     )
 
 
-def _kept(keys: list[BatchKey], pieces: list[Tensor]) -> dict[BatchKey, Tensor]:
-    kept, num_bytes = {}, 0
+def _kept(keys: list[BatchKey], pieces: list[Logits]) -> dict[BatchKey, Logits]:
+    kept: dict[BatchKey, Logits] = {}
+    num_bytes = 0
     for key, piece in zip(keys, pieces, strict=True):
         num_bytes += piece.nbytes
         if num_bytes > KEPT_PILOT_BYTES:

@@ -33,6 +33,8 @@ from kdcache.codecs import (
     parameters_to,
     scaled_bounds,
 )
+from kdcache.codecs.head_logits import Logits, on_device
+from kdcache.codecs.row_errors import RowErrors
 from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
 from kdcache.errors import CodecError, CorruptCacheError
 from kdcache.store import CacheStore
@@ -119,8 +121,8 @@ def publish_shard(destination: Destination, shard_index: int, logits: Logits) ->
         num_rows=len(logits),
         num_bytes=published.num_bytes,
         sha256=published.sha256,
-        min_logit=_smallest_finite(logits) if errors is None else float(errors.lowest_logit.min()),
-        max_logit=_largest(logits) if errors is None else float(errors.highest_logit.max()),
+        min_logit=_smallest_finite(logits[:]) if errors is None else float(errors.lowest_logit.min()),
+        max_logit=float(logits[:].max()) if errors is None else float(errors.highest_logit.max()),
         certificate=certificate,
     )
     destination.store.publish_record(record)
@@ -148,21 +150,8 @@ def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
     Error range and bounds are of all rows, KL at the ladder of all or of evenly spread rows.
     """
     rows = _measured_rows(logits)
-    scaled = scaled_bounds(logits, decoded).cpu().double()
-    bounds = [
-        BoundDocument.make(
-            temperature=temperature,
-            mean=float(column.mean()),
-            max=float(column.max()),
-            histogram=Histogram.of(column.tolist()),
-        )
-        for temperature, column in zip(BOUND_TEMPERATURES, scaled.unbind(dim=1), strict=True)
-    ]
-    return _certificate(
-        measure(logits[rows], decoded[rows], LADDER),
-        max_error_range=float(error_range(logits, decoded).max()),
-        bounds=tuple(bounds),
-    )
+    divergences = measure(logits[rows], decoded[rows], LADDER)
+    return _bounded_certificate(divergences, scaled_bounds(logits, decoded), error_range(logits, decoded))
 
 
 def certify_codes(
@@ -182,30 +171,36 @@ def certify_codes(
     """
     if decoder.codec.depends_on_temperature:
         return _certificate(_measured(decoder, logits, codes))
-    if errors is None:
-        errors = decoder.row_errors(logits, codes)
-    return _certificate(
-        _measured(decoder, logits, codes),
-        max_error_range=float(errors.error_range.max()),
-        bounds=tuple(
-            BoundDocument.make(
-                temperature=temperature,
-                mean=float(column.mean()),
-                max=float(column.max()),
-                histogram=Histogram.of(column.tolist()),
-            )
-            for temperature, column in zip(BOUND_TEMPERATURES, errors.scaled_bounds.cpu().unbind(dim=1), strict=True)
-        ),
-    )
+    errors = errors or decoder.row_errors(logits, codes)
+    divergences = _measured(decoder, logits, codes)
+    if errors is not None:
+        return _bounded_certificate(divergences, errors.scaled_bounds, errors.error_range)
+    decoded = decoder.decode(codes)
+    made = logits[:]
+    return _bounded_certificate(divergences, scaled_bounds(made, decoded), error_range(made, decoded))
+
+
+def _bounded_certificate(divergences: Tensor, scaled: Tensor, error_ranges: Tensor) -> CertificateDocument:
+    bounds = [
+        BoundDocument.make(
+            temperature=temperature,
+            mean=float(column.mean()),
+            max=float(column.max()),
+            histogram=Histogram.of(column.tolist()),
+        )
+        for temperature, column in zip(BOUND_TEMPERATURES, scaled.cpu().double().unbind(dim=1), strict=True)
+    ]
+    return _certificate(divergences, max_error_range=float(error_ranges.max()), bounds=tuple(bounds))
 
 
 def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
     """Measure KL [row, temperature] at the ladder, on all rows or evenly spread ones."""
     rows = _measured_rows(logits)
-    return measure_codes(decoder, logits[rows], rows_of_codes(codes, rows), LADDER)
+    chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
+    return measure_codes(decoder, logits[rows], chosen, LADDER)
 
 
-def _measured_rows(logits: Tensor) -> Tensor:
+def _measured_rows(logits: Logits) -> Tensor:
     """Choose all rows, or evenly spread ones."""
     num_measured = max(1, min(len(logits), MEASURED_ELEMENTS // logits.shape[1]))
     return torch.linspace(0, len(logits) - 1, num_measured).long().to(logits.device)
@@ -224,14 +219,14 @@ def _certificate(divergences: Tensor, **bounds: Any) -> CertificateDocument:
 
 
 def _certify_standing(
-    destination: Destination, shard_index: int, logits: Tensor, ours: np.ndarray, certificate: CertificateDocument
+    destination: Destination, shard_index: int, logits: Logits, ours: np.ndarray, certificate: CertificateDocument
 ) -> CertificateDocument:
     """Certify the shard that stood there first: the same bytes, or another run's on hardware that does not repeat."""
     reader = destination.store.codes_reader(destination.teacher, destination.cache)
     standing = reader.read_shard(shard_index)[: len(ours)]
     if np.array_equal(standing, ours):
         return certificate
-    codes, on_cpu = torch.from_numpy(standing), logits.cpu()
+    codes, on_cpu = torch.from_numpy(standing), on_device(logits, "cpu")
     foreign = _foreign(destination.decoder, on_cpu, codes, certificate)
     if foreign:
         raise CorruptCacheError(
@@ -242,12 +237,18 @@ def _certify_standing(
     return certify_codes(destination.decoder, on_cpu, codes)
 
 
-def _foreign(decoder: Decoder, logits: Tensor, codes: Tensor, ours: CertificateDocument) -> str | None:
+def _foreign(decoder: Decoder, logits: Logits, codes: Tensor, ours: CertificateDocument) -> str | None:
     """Say how another run's shard differs from the teacher, where it differs more than other hardware makes it."""
     if ours.max_error_range is not None:
         # infinite where other classes are masked
-        largest_error = float(error_range(logits, decoder.decode(codes)).max())
-        logit_span = float(logits.max()) - _smallest_finite(logits)
+        errors = decoder.row_errors(logits, codes)
+        if errors is None:
+            made = logits[:]
+            largest_error = float(error_range(made, decoder.decode(codes)).max())
+            logit_span = float(made.max()) - _smallest_finite(made)
+        else:
+            largest_error = float(errors.error_range.max())
+            logit_span = float(errors.highest_logit.max() - errors.lowest_logit.min())
         if largest_error <= ADOPTED_ERROR_FACTOR * ours.max_error_range + 0.02 * logit_span:
             return None
         return f"its logits differ from the teacher's by up to {largest_error:.3g} (ours: {ours.max_error_range:.3g})"

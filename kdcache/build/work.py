@@ -38,7 +38,11 @@ class StoredTeacher:
         Yields a function from a batch of inputs to logits, and None; or to hidden states, and the head.
         """
         teacher = self.teacher
-        if isinstance(codec, Spectral | RateTarget) and isinstance(teacher, HeadedTeacher) and teacher.has_linear_head():
+        if (
+            isinstance(codec, Spectral | RateTarget)
+            and isinstance(teacher, HeadedTeacher)
+            and teacher.has_linear_head()
+        ):
             with teacher.running_body() as body_and_head:
                 yield body_and_head
             return
@@ -95,7 +99,12 @@ class Work:
         kept = self.pilot.get(name)
         with self.stored_teacher(name).running(document.codec) as (run, head):
             batches = BatchLogits(
-                name, run, self.inputs, num_classes=self.plan.cache.num_classes, kept=_of_one_kind(kept, head), head=head
+                name,
+                run,
+                self.inputs,
+                num_classes=self.plan.cache.num_classes,
+                kept=_of_one_kind(kept, head),
+                head=head,
             )
             yield from run_tasks(destination, batches, self.row_map, shard_indices)
 

@@ -7,6 +7,7 @@ __all__ = [
     "TORCH_DTYPES",
     "Codec",
     "Decoder",
+    "MeasuringCodec",
     "StorageDtype",
     "check_codes",
     "check_logits",
@@ -21,7 +22,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from kdcache.codecs.head_logits import Logits
+from kdcache.codecs.head_logits import HeadLogits, Logits
+from kdcache.codecs.row_errors import RowErrors
 from kdcache.documents.codec_specs import CodecSpec
 from kdcache.errors import CodecError, NonFiniteLogitsError, ShapeError, TemperatureError, WrongClassCountError
 
@@ -155,6 +157,23 @@ class Codec(Protocol):
         """Tell for each row whether it holds the reserved fill code in any column."""
 
 
+@runtime_checkable
+class MeasuringCodec(Protocol):
+    """A codec that measures what it changes while it encodes, and takes hidden states with a head for logits."""
+
+    def encode_measured(
+        self, logits: Logits, parameters: Mapping[str, Tensor]
+    ) -> tuple[Shaped[Tensor, "row column"], RowErrors]:
+        """Encode as `Codec.encode` does, and say of every row what that changed."""
+        ...
+
+    def row_errors(
+        self, logits: Logits, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+    ) -> RowErrors:
+        """Say of every row what these codes of it change."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """A codec and its parameters: all that turns codes into logits.
@@ -196,6 +215,33 @@ class Decoder:
     def encode(self, logits: Float[Tensor, "row class"]) -> Shaped[Tensor, "row column"]:
         """Encode logits with these parameters; see `Codec.encode`."""
         return self.codec.encode(logits, self._to_encode())
+
+    def encode_measured(self, logits: Logits) -> tuple[Shaped[Tensor, "row column"], RowErrors | None]:
+        """Encode logits, and say of every row what that changed, where the codec knows it from encoding.
+
+        Parameters
+        ----------
+        logits : Tensor [row, class] or HeadLogits
+            HeadLogits for a `MeasuringCodec` alone.
+
+        Raises
+        ------
+        CodecError, NonFiniteLogitsError, ShapeError, WrongClassCountError
+            As of `Codec.encode`.
+        TypeError
+            The codec needs logits that are made.
+        """
+        if isinstance(self.codec, MeasuringCodec):
+            return self.codec.encode_measured(logits, self._to_encode())
+        if isinstance(logits, HeadLogits):
+            raise TypeError(f"{type(self.codec).__name__} needs logits that are made, got hidden states and a head")
+        return self.encode(logits), None
+
+    def row_errors(self, logits: Logits, codes: Shaped[Tensor, "row column"]) -> RowErrors | None:
+        """Say of every row what these codes of it change; None where the codec is no `MeasuringCodec`."""
+        if isinstance(self.codec, MeasuringCodec):
+            return self.codec.row_errors(logits, codes, self._to_encode())
+        return None
 
     def to(self, device: torch.device | str) -> Decoder:
         """Give this decoder with its parameters on `device`, ready to decode there.

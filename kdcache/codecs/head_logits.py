@@ -6,7 +6,7 @@ for some rows or some classes at a time, by whoever needs them.
 
 from __future__ import annotations
 
-__all__ = ["Head", "HeadLogits", "Logits", "concatenated", "rows_of"]
+__all__ = ["Head", "HeadLogits", "Logits", "concatenated", "on_device", "rows_of"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -154,3 +154,14 @@ def concatenated(parts: Sequence[Logits]) -> Logits:
 def rows_of(logits: Logits, index: slice | Tensor) -> Logits:
     """Give some rows, made or not as they were."""
     return logits.rows(index) if isinstance(logits, HeadLogits) else logits[index]
+
+
+def on_device(logits: Logits, device: torch.device | str) -> Logits:
+    """Move rows, made or not as they were; a head moves with them."""
+    if isinstance(logits, Tensor):
+        return logits.to(device)
+    if logits.device == torch.device(device):
+        return logits
+    bias = logits.head.bias
+    head = Head(logits.head.weight.to(device), None if bias is None else bias.to(device))
+    return HeadLogits(logits.hidden.to(device), head)

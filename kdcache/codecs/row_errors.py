@@ -29,7 +29,9 @@ class RowErrors:
     Parameters
     ----------
     kl : Tensor [row, temperature]
-        float64, KL(teacher || decoded) in nats at temperatures 1, 2 and 4, to about 1e-6 nats.
+        float64, KL(teacher || decoded) in nats at temperatures 1, 2 and 4.
+    kl_ceiling : Tensor [row, temperature]
+        float64, what KL is at most if logits and errors were rounded on the way as far as can be; else KL.
     scaled_bounds : Tensor [row, interval]
         float64, as of `kdcache.codecs.bounds.scaled_bounds`.
     error_range : Tensor [row]
@@ -39,6 +41,7 @@ class RowErrors:
     """
 
     kl: Float64[Tensor, "row temperature"]
+    kl_ceiling: Float64[Tensor, "row temperature"]
     scaled_bounds: Float64[Tensor, "row interval"]
     error_range: Float64[Tensor, " row"]
     lowest_logit: Float32[Tensor, " row"]
@@ -152,18 +155,34 @@ class ErrorSums:
         sums.highest.copy_(highest[1])
         total, errors = sums.moments[0, :, :3], sums.moments[2, :, :3]
         coded = self._coded.sum(dim=1, dtype=torch.float64).T
-        divergences = coded.log() - total.log() - errors / total / total.new_tensor([1.0, 2.0, 4.0])
+        temperatures = total.new_tensor([1.0, 2.0, 4.0])
+        divergences = (coded.log() - total.log() - errors / total / temperatures).clamp_(min=0)
         largest_error = torch.maximum(sums.highest.abs(), sums.lowest.abs())
-        margin = error_rounding * largest_error + (0.0 if error_margin is None else error_margin.double())
-        logit_margin = logit_rounding * torch.maximum(lowest[0].abs(), highest[0].abs()).double()
+        largest_logit = torch.maximum(lowest[0].abs(), highest[0].abs()).double()
+        rounding = _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * (largest_logit + self._centre.double().abs())
+        margin = rounding + error_rounding * largest_error + (0.0 if error_margin is None else error_margin.double())
+        logit_margin = logit_rounding * largest_logit
         return RowErrors(
-            kl=divergences.clamp_(min=0),
+            kl=divergences,
+            kl_ceiling=_ceiling(divergences, logit_margin[:, None] / temperatures, margin[:, None] / temperatures),
             scaled_bounds=sums.scaled_bounds(error_margin=margin, logit_margin=logit_margin),
             error_range=sums.error_range() + 2 * margin,
             lowest_logit=lowest[0],
             highest_logit=highest[0],
         )
 
+
+def _ceiling(kl: Tensor, logit_margin: Tensor, error_margin: Tensor) -> Float64[Tensor, "row temperature"]:
+    """Bound KL by the KL of rounded numbers; margins are in units of the temperature.
+
+    KL is about half the second moment of the errors. Its root grows by the error margin at most (Minkowski), and a mean
+    over classes by a factor exp(2 margin) where logits, hence log-weights, are off by a margin.
+    """
+    return torch.exp(2 * logit_margin) * (kl.sqrt() + error_margin * 2**-0.5) ** 2
+
+
+_FLOAT32_ROUNDINGS = 8.0
+"""Units in the last place that a float32 logit made or decoded in another order of sums may be off by."""
 
 _EXTREMES = ((torch.amin, 0), (torch.amax, 0), (torch.amin, 1), (torch.amax, 1))
 """What is kept of each tile: smallest and largest logit, smallest and largest error."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GUARD_FACTOR", "NUM_LEVELS", "SpectralCodec"]
+__all__ = ["NUM_LEVELS", "SpectralCodec"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,6 @@ from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.row_errors import RowErrors
 from kdcache.codecs.spectral_fit import Basis, fit_basis, masked_classes
 from kdcache.codecs.spectral_guard import (
-    GUARD_FACTOR,
     LARGEST_CODE,
     LEVELS_PER_OCTAVE,
     NUM_LEVELS,
@@ -304,6 +303,26 @@ class SpectralCodec:
         codes, errors = self._encoded(logits, parameters, with_errors=True)
         return codes, cast("RowErrors", errors)
 
+    def row_errors(
+        self, logits: Logits, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+    ) -> RowErrors:
+        """Say of every row what these codes of it change.
+
+        Raises
+        ------
+        CodecError, NonFiniteLogitsError, ShapeError, WrongClassCountError
+            As `encode` and `decode`.
+        """
+        check_logits(logits, self.num_classes)
+        check_codes(codes, self)
+        with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
+            opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
+            _check_values(opened)
+            rows = self._rows(opened, kept)
+            steps = kept["steps"][codes[:, -1].to(torch.int64).clamp(max=NUM_LEVELS - 1)][:, None]
+            quantised = _unzigzag(codes[:, :-1].view(torch.int16)).to(torch.int32)
+            return rows.errors(all_rows(rows), quantised, steps)
+
     def _encoded(
         self, logits: Logits, parameters: Mapping[str, Tensor], *, with_errors: bool
     ) -> tuple[Tensor, RowErrors | None]:
@@ -388,11 +407,10 @@ class SpectralCodec:
         opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
         rows = self._rows(opened, kept)
         coordinates, levels = rows.coordinates(), self._levels(rows, kept)
-        target *= 1 - rows.slack
         for _ in range(_STEP_ROUNDS):
             steps = self._steps(step).to(coordinates.device)[levels][:, None]
-            kl = rows.errors(all_rows(rows), rounded(coordinates, steps), steps).kl
-            step *= float((_AIM * target / mean_after_guard(kl, target)).sqrt().clamp(1 / 64, 64))
+            errors = rows.errors(all_rows(rows), rounded(coordinates, steps), steps)
+            step *= float((_AIM * target / mean_after_guard(errors, target)).sqrt().clamp(1 / 64, 64))
             step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
 

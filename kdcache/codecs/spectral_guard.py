@@ -7,7 +7,6 @@ twice of it in every row.
 from __future__ import annotations
 
 __all__ = [
-    "GUARD_FACTOR",
     "LARGEST_CODE",
     "LEVELS_PER_OCTAVE",
     "NUM_LEVELS",
@@ -18,15 +17,13 @@ __all__ = [
 ]
 
 import torch
-from jaxtyping import Float, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
+from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.codecs.row_errors import RowErrors
 from kdcache.codecs.spectral_rows import SpectralRows, all_rows
 from kdcache.errors import CodecError
-
-GUARD_FACTOR = 2.0
-"""No row's KL may exceed the target by more than this factor."""
 
 NUM_LEVELS = 96
 """Steps that a row may be coded with: each is 2^(1/4) finer than the one before."""
@@ -66,37 +63,39 @@ def guarded(
     reach = coordinates.abs().amax(dim=1) / (steps[levels] * LARGEST_CODE)
     coarser = (LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
     levels.sub_(coarser).clamp_(min=0)
-    target *= 1 - rows.slack
     chosen = steps[levels][:, None]
     quantised = rounded(coordinates, chosen)
     errors = rows.errors(all_rows(rows), quantised, chosen)
     for _ in range(_ROUNDS):
-        finer = _refinements(errors.kl, target)
+        doubtful = (_is_too_far(errors.kl_ceiling, target) & ~_is_too_far(errors.kl, target)).nonzero()[:, 0]
+        if len(doubtful):
+            errors.put(doubtful, rows.exact_errors(doubtful, quantised[doubtful], steps[levels[doubtful]][:, None]))
+        finer = _refinements(errors, target)
         again = finer.nonzero()[:, 0]
         if not len(again):
             return quantised, errors
-        if bool((levels[again] + finer[again] >= NUM_LEVELS).any()):
+        if bool((levels[again] == NUM_LEVELS - 1).any()):
             break
-        levels[again] += finer[again]
+        levels[again] = (levels[again] + finer[again]).clamp(max=NUM_LEVELS - 1)
         chosen = steps[levels[again]][:, None]
         quantised[again] = rounded(coordinates[again], chosen)
         errors.put(again, rows.errors(again, quantised[again], chosen))
-    worst = int(errors.kl.amax(dim=1).argmax())
+    worst = int(errors.kl_ceiling.amax(dim=1).argmax())
     raise CodecError(
-        f"Row {worst} cannot be coded with max_kl={target:g}: its KL stays at "
-        f"{float(errors.kl[worst].amax()):.3g} however fine the step: it lies outside the {coordinates.shape[1]} "
-        "components that the pilot showed, or too far along them. At a new address, use a larger pilot "
-        "(num_pilot_rows) or rank, a larger max_kl, or Codes(). Nothing was encoded."
+        f"Row {worst} cannot be coded with max_kl={target:g}: at level {int(levels[worst])} of {NUM_LEVELS - 1} its KL "
+        f"is still {float(errors.kl_ceiling[worst].amax()):.3g}. It lies outside the {coordinates.shape[1]} components "
+        "that the pilot showed, or too far along them. At a new address, use a larger pilot (num_pilot_rows) or rank, "
+        "a larger max_kl, or Codes(). Nothing was encoded."
     )
 
 
-def mean_after_guard(kl: Float64[Tensor, "row temperature"], target: float) -> Float64[Tensor, ""]:
+def mean_after_guard(errors: RowErrors, target: float) -> Float64[Tensor, ""]:
     """Give the mean that is left once the rows above twice the target are refined, largest over temperatures.
 
     A level takes KL down by a factor of the square root of 2.
     """
-    finer = _too_far(kl, target)
-    return (kl * 2.0 ** (-finer / 2)[:, None]).mean(dim=0).amax().clamp(min=1e-12)
+    finer = _too_far(errors, target)
+    return (_with_doubt(errors) * 2.0 ** (-finer / 2)[:, None]).mean(dim=0).amax().clamp(min=1e-12)
 
 
 def rounded(
@@ -122,17 +121,28 @@ def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
         )
 
 
-def _too_far(kl: Tensor, target: float) -> Int64[Tensor, " row"]:
+def _with_doubt(errors: RowErrors) -> Float64[Tensor, "row temperature"]:
+    """Give KL and what its mean may be off by: three standard errors, a ceiling being two deviations away."""
+    return errors.kl + (errors.kl_ceiling - errors.kl) * (1.5 / len(errors.kl) ** 0.5)
+
+
+def _is_too_far(kl: Tensor, target: float) -> Bool[Tensor, " row"]:
+    return kl.amax(dim=1) > GUARD_FACTOR * target
+
+
+def _too_far(errors: RowErrors, target: float) -> Int64[Tensor, " row"]:
     """Say by how many levels the rows above twice the target are to be refined."""
-    excess = kl.amax(dim=1) / (GUARD_FACTOR * target)
-    return torch.where(excess > 1, (2 * excess.clamp(min=1e-12).log2()).ceil().clamp(min=1), 0).to(torch.int64)
+    excess = errors.kl_ceiling.amax(dim=1) / (GUARD_FACTOR * target)
+    levels = (2 * excess.clamp(min=1e-12).log2()).ceil().clamp(min=1)
+    return torch.where(_is_too_far(errors.kl, target), levels, 0).to(torch.int64)
 
 
-def _refinements(kl: Tensor, target: float) -> Int64[Tensor, " row"]:
+def _refinements(errors: RowErrors, target: float) -> Int64[Tensor, " row"]:
     """Say by how many levels each row is to be refined: all 0 where the target is met."""
-    finer = _too_far(kl, target)
+    finer = _too_far(errors, target)
     if bool((finer > 0).any()):
         return finer
+    kl = _with_doubt(errors)
     surplus = kl.sum(dim=0) - target * len(kl)
     place = int(surplus.argmax())
     if float(surplus[place]) <= 0:

@@ -50,11 +50,6 @@ class SpectralRows(Protocol):
     """Rows to be coded: those of a shard."""
 
     @property
-    def slack(self) -> float:
-        """Share of a target that is left to what measuring itself may be off by."""
-        ...
-
-    @property
     def device(self) -> torch.device:
         """Where the rows lie."""
         ...
@@ -73,6 +68,12 @@ class SpectralRows(Protocol):
         self, rows: Int[Tensor, " row"], quantised: Int[Tensor, "row component"], steps: Float[Tensor, "row 1"]
     ) -> RowErrors:
         """Say what coding changes in some of the rows, coded so."""
+        ...
+
+    def exact_errors(
+        self, rows: Int[Tensor, " row"], quantised: Int[Tensor, "row component"], steps: Float[Tensor, "row 1"]
+    ) -> RowErrors:
+        """Say it with logits and products in float32: slower, and without doubt from rounding."""
         ...
 
 
@@ -115,7 +116,6 @@ class MadeRows:
     logits: Float[Tensor, "row class"]
     parameters: Mapping[str, Tensor]
     smallest: float
-    slack: float = 0.0
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -141,6 +141,10 @@ class MadeRows:
         wide = self.logits.shape[1] > PRECISE_CLASSES and self.logits.dtype != torch.float64
         kernel = self._quick if wide and self.smallest >= SMALLEST_QUICK_KL else self._precise
         return _in_blocks(lambda block: kernel(self.logits[rows[block]], quantised[block], steps[block]), len(rows))
+
+    def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
+        """Give `errors`, which are exact."""
+        return self.errors(rows, quantised, steps)
 
     def _inner(self, logits: Tensor) -> Float64[Tensor, "row component"]:
         basis, mean, weights = (self.parameters[name] for name in ("basis", "mean", "weights"))
@@ -170,8 +174,10 @@ class MadeRows:
 
     def _precise(self, logits: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         decoded = decoded_product(quantised, steps, self.parameters["basis"], self.parameters["mean"])
+        kl = measure(logits, decoded, TEMPERATURES)
         return RowErrors(
-            kl=measure(logits, decoded, TEMPERATURES),
+            kl=kl,
+            kl_ceiling=kl,
             scaled_bounds=scaled_bounds(logits, decoded),
             error_range=error_range(logits, decoded),
             lowest_logit=logits.amin(dim=1).float(),
@@ -247,8 +253,9 @@ class HeadRows:
     """Rows of hidden states, whose logits are linear in them and lie in the span of the basis.
 
     What coding changes is (quantised * step - coordinates) @ basis: a product of small numbers, for which bfloat16 will
-    do. Its rounding is a sum of as many independent roundings as there are components; six standard deviations of it
-    are added to bounds and ranges, and a fiftieth of the target is left to it.
+    do. Its rounding is a sum of as many independent roundings as there are components, of which six standard deviations
+    are allowed for; the rounding of logits, of which weights are made, is allowed for as far as it can go. Both go into
+    bounds, ranges and the ceiling of KL.
 
     Parameters
     ----------
@@ -262,7 +269,6 @@ class HeadRows:
     made: HeadLogits
     prepared: PreparedHead
     parameters: Mapping[str, Tensor]
-    slack: float = 0.02
 
     @staticmethod
     def can_measure(prepared: PreparedHead, *, smallest: float) -> bool:
@@ -291,6 +297,15 @@ class HeadRows:
         return _in_blocks(
             lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block]), len(rows)
         )
+
+    def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
+        """Make the logits of these rows, a block of rows at a time, and measure them as rows of logits are measured."""
+
+        def measured(block: slice) -> RowErrors:
+            made = MadeRows(self.made[rows[block]], self.parameters, smallest=SMALLEST_QUICK_KL)
+            return made.errors(all_rows(made), quantised[block], steps[block])
+
+        return _in_blocks(measured, len(rows))
 
     def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         prepared, dtype = self.prepared, self.prepared.head.weight.dtype
