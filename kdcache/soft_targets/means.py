@@ -211,7 +211,7 @@ def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor
     num_teachers = logits.shape[1]
     if weights is None:
         return [1 / num_teachers] * num_teachers
-    listed = torch.as_tensor(weights, dtype=torch.float64).tolist()
+    listed = weights.double().tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
     if not isinstance(listed, list) or len(listed) != num_teachers:
         raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
     total = math.fsum(listed)
