@@ -139,6 +139,7 @@ def test_a_decoder_that_decoded_before_brings_its_prepared_basis_into_the_graph(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is first imported
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds with a C++ compiler, and there is no g++")
 @every_codec
 def test_the_default_compiler_gives_the_same_soft_targets(spec):
