@@ -324,7 +324,7 @@ def checked_temperature(temperature: float | Tensor) -> float:
         value = math.nan if _is_no_number(temperature) else float(temperature)
     except (TypeError, ValueError) as error:
         raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.") from error
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # so written for compilers, to whom isfinite is a tensor's
         raise TemperatureError(f"A temperature must be a finite number above 0, got {temperature!r}.")
     return value
 

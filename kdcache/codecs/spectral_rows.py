@@ -338,7 +338,10 @@ def decoded_product(
     """Give mean + step quantised @ basis, in the basis's precision: of all classes or of some."""
     if basis.dtype == torch.bfloat16:
         return torch.matmul(quantised.to(torch.bfloat16), basis).to(torch.float32).mul_(steps).add_(mean)
-    return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
+    if basis.device.type == "cpu":
+        return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
+    # an accelerator may round factors to TF32, which holds codes up to 2,048 and a float16 basis exactly
+    return torch.addcmul(mean, torch.matmul(quantised.to(torch.float32), basis), steps)
 
 
 def all_rows(rows: SpectralRows) -> Int[Tensor, " row"]:

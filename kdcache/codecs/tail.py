@@ -121,10 +121,10 @@ class LogPartition:
 
     def evaluate(self, coefficients: Float64[Tensor, "row node"], beta: float) -> Float64[Tensor, " row"]:
         """Give F(beta) of each row."""
-        return coefficients @ coefficients.new_tensor(self._weights(beta))
-
-    def _weights(self, beta: float) -> list[float]:
-        inside = min(beta, HIGHEST_BETA)
-        angle = math.acos(max(-1.0, 2 * inside / HIGHEST_BETA - 1))
-        outside = beta - inside  # the derivative of the polynomial of order n at its upper end is n^2
-        return [beta * math.cos(order * angle) + 2 * outside * order**2 for order in range(self.num_nodes)]
+        # in tensors throughout: a compiler would make a graph of its own of every beta that Python computes with
+        here = coefficients.new_full((), beta)
+        inside = here.clamp(max=HIGHEST_BETA)
+        orders = torch.arange(self.num_nodes, dtype=coefficients.dtype, device=coefficients.device)
+        angle = (2 * inside / HIGHEST_BETA - 1).clamp(-1, 1).acos()
+        outside = here - inside  # the derivative of the polynomial of order n at its upper end is n^2
+        return coefficients @ (here * (orders * angle).cos() + 2 * outside * orders**2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ACCELERATOR_ELEMENTS",
     "MEANS",
     "Mean",
     "at_least_float32",
@@ -31,6 +32,9 @@ Mean = Literal["geometric", "arithmetic", "tempered-arithmetic"]
 
 MEANS: tuple[Mean, ...] = get_args(Mean)
 """All names of means."""
+
+ACCELERATOR_ELEMENTS = 2**22
+"""Elements softened at a time on an accelerator: enough for the start of a kernel to cost little."""
 
 
 def soften(logits: Float[Tensor, "*batch class"], temperature: float | Tensor) -> Float[Tensor, "*batch class"]:
@@ -182,7 +186,7 @@ def log_mean_weights(
 
 def softened_elements(device: torch.device) -> int:
     """Give how many numbers are softened at a time: on a processor 2^18, which its cache holds; elsewhere 2^22."""
-    return BLOCK_ELEMENTS if device.type == "cpu" else 2**22
+    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
 
 
 def softened_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
@@ -211,7 +215,7 @@ def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor
     num_teachers = logits.shape[1]
     if weights is None:
         return [1 / num_teachers] * num_teachers
-    listed = torch.as_tensor(weights, dtype=torch.float64).tolist()
+    listed = weights.double().tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
     if not isinstance(listed, list) or len(listed) != num_teachers:
         raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
     total = math.fsum(listed)

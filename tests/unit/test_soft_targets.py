@@ -175,9 +175,13 @@ def test_autocast_changes_no_mean_logit():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 needs an accelerator")
-def test_reduced_precision_of_matrix_products_changes_no_mean_logit(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    found = mean_logits(MEMBERS.float().cuda(), weights=WEIGHTS).cpu()
+def test_reduced_precision_of_matrix_products_changes_no_mean_logit():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = mean_logits(MEMBERS.float().cuda(), weights=WEIGHTS).cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
     torch.testing.assert_close(found, mean_logits(MEMBERS, weights=WEIGHTS).float(), rtol=1e-6, atol=1e-6)
 
 
