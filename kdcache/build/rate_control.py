@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kdcache.build.plan import chunk_rows_of
@@ -16,6 +17,7 @@ from kdcache.build.task import certify_codes
 from kdcache.codecs import Codec, Decoder, SpectralCodec, codec_for, fitted_codec, parameters_to
 from kdcache.codecs.fidelity import measure_codes
 from kdcache.codecs.guard import GUARD_FACTOR
+from kdcache.codecs.rounding import coarsest_dtype
 from kdcache.documents import (
     CertificateDocument,
     CodecSpec,
@@ -151,8 +153,7 @@ def measure_codec(
 
 
 def _candidates(target: RateTarget, logits: Tensor, plan: PlanDocument) -> Iterator[Candidate]:
-    specs: list[CodecSpec] = [Codes(), Codes(dtype="uint16"), Lossless()]
-    for spec in specs:
+    for spec in _plain_specs(logits.dtype):
         found = _attempt(spec, logits, plan)
         if found is not None:
             yield found
@@ -161,15 +162,35 @@ def _candidates(target: RateTarget, logits: Tensor, plan: PlanDocument) -> Itera
     if len(logits) < MIN_ROWS_FOR_BASIS or plan.cache.num_classes < 3:
         return
     if target.max_kl is not None:
-        found = _attempt(Spectral(max_kl=target.max_kl), logits, plan)
-        if found is not None:
-            yield found
+        yield from _bases(target.max_kl, logits, plan)
     elif target.bytes_per_row is not None:
         yield from _within_budget(target.bytes_per_row, logits, plan)
     for k in _KEPT_CLASSES:
         found = _attempt(TopK(k=k), logits, plan) if k < plan.cache.num_classes else None
         if found is not None:
             yield found
+
+
+def _plain_specs(dtype: torch.dtype) -> list[CodecSpec]:
+    """List codecs that keep each class by itself, the coarser ones first; what 16 bits hold is kept as it is."""
+    if dtype == torch.bfloat16:
+        return [Codes(), Lossless(dtype="bfloat16")]
+    if dtype == torch.float16:
+        return [Codes(), Lossless(dtype="float16")]
+    return [Codes(), Codes(dtype="uint16"), Lossless()]
+
+
+def _bases(max_kl: float, logits: Tensor, plan: PlanDocument) -> Iterator[Candidate]:
+    """Fit a basis; one that holds the rounding of 16-bit logits too, where a target lies below it and it can."""
+    found = _attempt(Spectral(max_kl=max_kl), logits, plan)
+    if found is not None:
+        yield found
+    is_met = found is not None and _meets(found, max_kl)
+    num_classes = plan.cache.num_classes
+    if not is_met and num_classes <= len(logits) and coarsest_dtype(logits) is not None:
+        exact = _attempt(Spectral(max_kl=max_kl, rank=num_classes - 1), logits, plan)
+        if exact is not None:
+            yield exact
 
 
 def _attempt(spec: CodecSpec, logits: Tensor, plan: PlanDocument) -> Candidate | None:

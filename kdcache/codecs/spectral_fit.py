@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.codecs.rounding import coarsest_dtype, rounding_noise
 from kdcache.errors import CodecError
 
 _CLASS_BLOCK_ELEMENTS = 2**25
@@ -74,7 +75,8 @@ def fit_basis(pilot: Float[Tensor, "row class"], *, rank: int | None = None) -> 
     pilot : Tensor [row, class]
         No masked classes.
     rank : int, optional
-        Components at most; the pilot's numerical rank where absent.
+        Components at most, down to the rounding of float32. Where absent, the pilot's numerical rank: logits that were
+        rounded to 16 bits, whatever their type is now, lose the components that such rounding alone would make.
 
     Raises
     ------
@@ -131,6 +133,17 @@ def _means(pilot: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
 
 def _span(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> Float[Tensor, "component class"]:
     """Give the principal axes of the weighted rows, unweighted again: the rows of the span, orthonormal in w."""
+    values, span = _principal_axes(pilot, mean, weights, rank)
+    dtype = coarsest_dtype(pilot) if rank is None else None
+    if dtype is None:
+        return span
+    noise = rounding_noise(pilot, weights, dtype).largest_eigenvalues(span * weights.sqrt())
+    above = values > noise
+    return span[above] if bool(above.any()) else span[:1]
+
+
+def _principal_axes(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Give the eigenvalues [component] of the weighted rows, descending, and the axes [component, class] unweighted."""
     num_rows, num_classes = pilot.shape
     root = weights.sqrt()
     row_means = torch.cat([block.double().mean(dim=1, keepdim=True) for block in _rows(pilot)])
@@ -143,20 +156,20 @@ def _span(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> Flo
         for rows in _row_slices(pilot):
             gram += _outer(weighted(rows, slice(None)).T)
         values, vectors = torch.linalg.eigh(gram)
-        axes: Tensor = vectors.flip(1)[:, : _kept(values, rank)].T / root
-        return axes.float()
+        kept = _kept(values, rank)
+        return values.flip(0)[:kept], (vectors.flip(1)[:, :kept].T / root).float()
     gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=pilot.device)
     for classes in _class_slices(pilot):
         gram += _outer(weighted(slice(None), classes))
     values, vectors = torch.linalg.eigh(gram)
     if float(values[-1]) <= 0:
-        return torch.zeros(1, num_classes, device=pilot.device)
+        return values[-1:], torch.zeros(1, num_classes, device=pilot.device)
     kept = _kept(values, rank)
     turned = (vectors.flip(1)[:, :kept] / values.flip(0)[:kept].sqrt()).T.float()
     span = torch.empty(kept, num_classes, device=pilot.device)
     for classes in _class_slices(pilot):
         span[:, classes] = turned @ weighted(slice(None), classes) / root[classes]
-    return span
+    return values.flip(0)[:kept], span
 
 
 def _outer(matrix: Tensor) -> Float64[Tensor, "a a"]:
