@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from kdcache.build.rate_control import Candidate, held_out_rows, measure_codec
+from kdcache.build.rate_control import Candidate, held_out_rows, made_rows, measure_codec
 from kdcache.codecs import Codec, SpectralCodec, fitted_codec
-from kdcache.codecs.spectral import NUM_LEVELS
+from kdcache.codecs.head_logits import Logits, rows_of
+from kdcache.codecs.spectral_guard import NUM_LEVELS
 from kdcache.documents import CodecSpec, Codes, PlanDocument, Spectral
 from kdcache.errors import CodecError
 
@@ -79,7 +79,7 @@ def is_uint8_codes(spec: CodecSpec) -> bool:
 
 
 def further_candidates(
-    chosen: Candidate, measured: Sequence[Candidate], logits: Tensor, plan: PlanDocument
+    chosen: Candidate, measured: Sequence[Candidate], logits: Logits, plan: PlanDocument
 ) -> list[Candidate]:
     """Measure points beside a fitted basis, on at most 256 held-out rows, without fitting it again.
 
@@ -115,10 +115,10 @@ def further_candidates(
 
 
 def _fits(
-    codec: SpectralCodec, parameters: Mapping[str, np.ndarray], measured: Sequence[Candidate], logits: Tensor
+    codec: SpectralCodec, parameters: Mapping[str, np.ndarray], measured: Sequence[Candidate], logits: Logits
 ) -> Iterator[Callable[[], Fitted]]:
     if not any(is_uint8_codes(item.codec.spec) for item in measured):
-        yield partial(fitted_codec, Codes(), codec.num_classes, logits)
+        yield partial(fitted_codec, Codes(), codec.num_classes, made_rows(logits))
     for factor in _STEP_FACTORS:
         if codec.max_kl is None or factor**2 * codec.max_kl <= _LARGEST_TARGET:
             yield partial(_with_other_step, codec, parameters, factor, logits)
@@ -127,16 +127,16 @@ def _fits(
             yield partial(_with_rank, codec, parameters, max(1, codec.num_components // divisor), logits)
 
 
-def _with_other_step(codec: SpectralCodec, parameters: Mapping[str, Any], factor: float, logits: Tensor) -> Fitted:
+def _with_other_step(codec: SpectralCodec, parameters: Mapping[str, Any], factor: float, logits: Logits) -> Fitted:
     """Give the codec with a step about so many times larger, by way of its target where it has one."""
     if codec.max_kl is None:
         return codec.with_step(parameters, _step_of(parameters) * factor)
     spec = Spectral.make(**{**dict(codec.spec), "max_kl": codec.max_kl * factor**2})
     other = SpectralCodec(spec, codec.num_classes)
-    return other, other.with_fitted_step(parameters, held_out_rows(logits)[-_MAX_ROWS:])
+    return other, other.with_fitted_step(parameters, rows_of(held_out_rows(logits), slice(-_MAX_ROWS, None)))
 
 
-def _with_rank(codec: SpectralCodec, parameters: Mapping[str, Any], rank: int, logits: Tensor) -> Fitted:
+def _with_rank(codec: SpectralCodec, parameters: Mapping[str, Any], rank: int, logits: Logits) -> Fitted:
     """Fit fewer components, and code them with a step as long as the given codec's along the first axis."""
     spec = Spectral.make(**{**dict(codec.spec), "max_kl": None, "step": 1.0, "rank": rank})
     cut, cut_parameters = SpectralCodec.fitted(spec, codec.num_classes, logits)

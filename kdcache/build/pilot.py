@@ -15,9 +15,10 @@ from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.rate_control import Candidate, choose_codec
 from kdcache.build.rows import BatchKey, RowMap
+from kdcache.build.spool import PilotLogits
 from kdcache.build.work import StoredTeacher
 from kdcache.codecs import Codec
-from kdcache.codecs.head_logits import Logits, concatenated
+from kdcache.codecs.head_logits import HeadLogits, Logits
 from kdcache.documents import CertificateDocument, CodecSpec, PlanDocument
 
 KEPT_PILOT_BYTES = 2**28
@@ -152,31 +153,34 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
     """
     plan = inputs.row_map.plan
     keys = pilot_batches(inputs.row_map, plan.num_pilot_rows)
-    with stored.teacher.running() as run:
-        batches = BatchLogits(stored.name, run, inputs, num_classes=plan.cache.num_classes)
-        pieces, inference_seconds = [], 0.0
+    with stored.running(plan.codec) as (run, head):
+        batches = BatchLogits(stored.name, run, inputs, num_classes=plan.cache.num_classes, head=head)
+        collected = PilotLogits(stored.name, _num_rows(inputs.row_map, keys))
+        kept, num_timed_rows, inference_seconds = _Kept(), 0, 0.0
         stream = batches.stream(keys)
-        for index in range(len(keys)):
+        for index, key in enumerate(keys):
             start = time.perf_counter()
-            pieces.append(next(stream))
-            if index or len(keys) == 1:
+            piece = next(stream)
+            if index or len(keys) == 1:  # the first batch warms the teacher up
                 inference_seconds += time.perf_counter() - start
-    logits = concatenated(pieces)
+                num_timed_rows += len(piece)
+            collected.add(piece.hidden if isinstance(piece, HeadLogits) else piece)
+            kept.add(key, piece)
+        logits = collected.rows() if head is None else HeadLogits(collected.rows(), head)
     chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
-    num_pilot_rows = sum(map(len, pieces))
     forecast = TeacherForecast(
         name=stored.name,
         codec=chosen.codec.spec,
-        num_pilot_rows=num_pilot_rows,
+        num_pilot_rows=len(logits),
         bytes_per_row=chosen.bytes_per_row,
         parameter_bytes=chosen.parameter_bytes,
         certificate=chosen.certificate,
-        inference_seconds_per_row=inference_seconds / max(1, num_pilot_rows - (len(pieces[0]) if len(keys) > 1 else 0)),
+        inference_seconds_per_row=inference_seconds / max(1, num_timed_rows),
         encode_seconds_per_row=chosen.encode_seconds_per_row,
         points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
     )
-    return Pilot(chosen.codec, dict(chosen.parameters), forecast, _kept(keys, pieces))
+    return Pilot(chosen.codec, dict(chosen.parameters), forecast, kept.logits)
 
 
 def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
@@ -185,12 +189,18 @@ def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
     )
 
 
-def _kept(keys: list[BatchKey], pieces: list[Logits]) -> dict[BatchKey, Logits]:
-    kept: dict[BatchKey, Logits] = {}
-    num_bytes = 0
-    for key, piece in zip(keys, pieces, strict=True):
-        num_bytes += piece.nbytes
-        if num_bytes > KEPT_PILOT_BYTES:
-            break
-        kept[key] = piece
-    return kept
+def _num_rows(row_map: RowMap, keys: list[BatchKey]) -> int:
+    return sum(end - first for first, end in map(row_map.rows_of_batch, keys))
+
+
+class _Kept:
+    """The first batches of a pilot, as many as `KEPT_PILOT_BYTES` hold."""
+
+    def __init__(self) -> None:
+        self.logits: dict[BatchKey, Logits] = {}
+        self._num_bytes = 0
+
+    def add(self, key: BatchKey, piece: Logits) -> None:
+        self._num_bytes += piece.nbytes
+        if self._num_bytes <= KEPT_PILOT_BYTES:
+            self.logits[key] = piece

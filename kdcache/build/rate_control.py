@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["Candidate", "choose_codec", "held_out_rows", "measure_codec"]
+__all__ = ["Candidate", "choose_codec", "held_out_rows", "made_rows", "measure_codec"]
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kdcache.build.plan import chunk_rows_of
 from kdcache.build.task import certify_codes
 from kdcache.codecs import Codec, Decoder, SpectralCodec, codec_for, fitted_codec, parameters_to
+from kdcache.codecs.base import row_blocks
 from kdcache.codecs.fidelity import measure_codes
 from kdcache.codecs.guard import GUARD_FACTOR
+from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
+from kdcache.codecs.rounding import coarsest_dtype
 from kdcache.documents import (
     CertificateDocument,
     CodecSpec,
@@ -31,6 +35,8 @@ from kdcache.store.shards import encode_shard
 from kdcache.store.teachers import codec_shard_spec
 
 MAX_HELD_OUT_ROWS = 512
+_MADE_ELEMENTS = 2**27
+_MEASURED_ELEMENTS = 2**24
 _TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
 _STEP_ROUNDS = 8
 MIN_ROWS_FOR_BASIS = 64
@@ -71,18 +77,25 @@ class Candidate:
         return self.bytes_per_row + self.parameter_bytes / num_rows
 
 
-def held_out_rows(logits: Tensor) -> Tensor:
+def held_out_rows(logits: Logits) -> Logits:
     """Give the pilot's last eighth, 512 rows at most, or all of a small pilot: rows no basis is fitted to."""
     count = min(MAX_HELD_OUT_ROWS, len(logits) // 8)
-    return logits if len(logits) < MIN_ROWS_FOR_BASIS else logits[-count:]
+    return logits if len(logits) < MIN_ROWS_FOR_BASIS else rows_of(logits, slice(-count, None))
 
 
-def choose_codec(logits: Tensor, plan: PlanDocument) -> tuple[Candidate, list[Candidate]]:
+def made_rows(logits: Logits) -> Tensor:
+    """Give the pilot as rows of logits; of hidden states the last ones are made, as many as memory should hold."""
+    if isinstance(logits, Tensor):
+        return logits
+    return logits[-max(MAX_HELD_OUT_ROWS, _MADE_ELEMENTS // logits.shape[1]) :]
+
+
+def choose_codec(logits: Logits, plan: PlanDocument) -> tuple[Candidate, list[Candidate]]:
     """Fit the codec that was asked for, or the best of those that reach what was asked for.
 
     Parameters
     ----------
-    logits : Tensor [row, class]
+    logits : Tensor [row, class] or HeadLogits
         The pilot.
     plan : PlanDocument
         The codec or target that was asked for, and the cache's classes, rows and chunks.
@@ -125,19 +138,20 @@ def choose_codec(logits: Tensor, plan: PlanDocument) -> tuple[Candidate, list[Ca
 def measure_codec(
     codec: Codec,
     parameters: Mapping[str, np.ndarray],
-    logits: Tensor,
+    logits: Logits,
     plan: PlanDocument,
     *,
     max_rows: int = MAX_HELD_OUT_ROWS,
 ) -> Candidate:
     """Encode the pilot's held-out rows, the last `max_rows` of them, and measure bytes, fidelity and time."""
     decoder = Decoder(codec, parameters_to(parameters, logits.device))
-    held_out = held_out_rows(logits)[-max_rows:]
+    held_out = rows_of(held_out_rows(logits), slice(-max_rows, None))
+    held_out = held_out if isinstance(codec, SpectralCodec) else held_out[:]
     start = time.perf_counter()
-    codes = decoder.encode(held_out)
-    certificate = certify_codes(decoder, held_out, codes)
-    divergences = measure_codes(decoder, held_out, codes, _TARGET_TEMPERATURES)  # of all rows: a sample may mislead
+    codes, errors = decoder.encode_measured(held_out)
+    certificate = certify_codes(decoder, held_out, codes, errors)
     seconds = time.perf_counter() - start
+    divergences = _measured(decoder, held_out, codes)  # of all rows: a sample may mislead
     return Candidate(
         codec=codec,
         parameters=parameters,
@@ -150,10 +164,17 @@ def measure_codec(
     )
 
 
-def _candidates(target: RateTarget, logits: Tensor, plan: PlanDocument) -> Iterator[Candidate]:
-    specs: list[CodecSpec] = [Codes(), Codes(dtype="uint16"), Lossless()]
-    for spec in specs:
-        found = _attempt(spec, logits, plan)
+def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
+    """Measure KL [row, temperature] of all rows, a block of them at a time."""
+    blocks = row_blocks(*logits.shape, max_elements=_MEASURED_ELEMENTS)
+    found = [measure_codes(decoder, logits[block], codes[block], _TARGET_TEMPERATURES) for block in blocks]
+    return torch.cat(found)
+
+
+def _candidates(target: RateTarget, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
+    made = made_rows(logits)
+    for spec in _plain_specs(logits.dtype):
+        found = _attempt(spec, made, plan)
         if found is not None:
             yield found
             if target.max_kl is not None and _meets(found, target.max_kl):
@@ -161,18 +182,40 @@ def _candidates(target: RateTarget, logits: Tensor, plan: PlanDocument) -> Itera
     if len(logits) < MIN_ROWS_FOR_BASIS or plan.cache.num_classes < 3:
         return
     if target.max_kl is not None:
-        found = _attempt(Spectral(max_kl=target.max_kl), logits, plan)
-        if found is not None:
-            yield found
+        yield from _bases(target.max_kl, logits, plan)
     elif target.bytes_per_row is not None:
         yield from _within_budget(target.bytes_per_row, logits, plan)
     for k in _KEPT_CLASSES:
-        found = _attempt(TopK(k=k), logits, plan) if k < plan.cache.num_classes else None
+        found = _attempt(TopK(k=k), made, plan) if k < plan.cache.num_classes else None
         if found is not None:
             yield found
 
 
-def _attempt(spec: CodecSpec, logits: Tensor, plan: PlanDocument) -> Candidate | None:
+def _plain_specs(dtype: torch.dtype) -> list[CodecSpec]:
+    """List codecs that keep each class by itself, the coarser ones first; what 16 bits hold is kept as it is."""
+    if dtype == torch.bfloat16:
+        return [Codes(), Lossless(dtype="bfloat16")]
+    if dtype == torch.float16:
+        return [Codes(), Lossless(dtype="float16")]
+    return [Codes(), Codes(dtype="uint16"), Lossless()]
+
+
+def _bases(max_kl: float, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
+    """Fit a basis; one that holds the rounding of 16-bit logits too, where a target lies below it and it can."""
+    found = _attempt(Spectral(max_kl=max_kl), logits, plan)
+    if found is not None:
+        yield found
+    is_met = found is not None and _meets(found, max_kl)
+    num_classes = plan.cache.num_classes
+    if is_met or isinstance(logits, HeadLogits):  # whose basis spans all that the head can give
+        return
+    if num_classes <= len(logits) and coarsest_dtype(logits) is not None:
+        exact = _attempt(Spectral(max_kl=max_kl, rank=num_classes - 1), logits, plan)
+        if exact is not None:
+            yield exact
+
+
+def _attempt(spec: CodecSpec, logits: Logits, plan: PlanDocument) -> Candidate | None:
     """Fit and measure a codec; None where it cannot hold these logits."""
     try:
         codec, parameters = fitted_codec(spec, plan.cache.num_classes, logits)
@@ -181,7 +224,7 @@ def _attempt(spec: CodecSpec, logits: Tensor, plan: PlanDocument) -> Candidate |
         return None
 
 
-def _within_budget(budget: float, logits: Tensor, plan: PlanDocument) -> Iterator[Candidate]:
+def _within_budget(budget: float, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
     """Find the step with which a basis just keeps within a budget of bytes a row, by halving intervals of its log."""
     first = _attempt(Spectral(max_kl=0.01), logits, plan)
     if first is None or not isinstance(first.codec, SpectralCodec):

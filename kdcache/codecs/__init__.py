@@ -39,6 +39,7 @@ from kdcache.codecs.bounds import BOUND_TEMPERATURES, scaled_bounds
 from kdcache.codecs.certificate import LADDER, error_range, kl_bound, measure, total_variation_bound
 from kdcache.codecs.codes import CodesCodec
 from kdcache.codecs.fidelity import measure_codes
+from kdcache.codecs.head_logits import HeadLogits, Logits
 from kdcache.codecs.lossless import LosslessCodec
 from kdcache.codecs.spectral import SpectralCodec
 from kdcache.codecs.topk import TopKCodec
@@ -87,16 +88,15 @@ def codec_for(spec: CodecSpec, num_classes: int) -> Codec:
     return CodesCodec(spec, num_classes)
 
 
-def fitted_codec(
-    spec: CodecSpec, num_classes: int, pilot: Float[Tensor, "row class"]
-) -> tuple[Codec, dict[str, npt.NDArray[Any]]]:
+def fitted_codec(spec: CodecSpec, num_classes: int, pilot: Logits) -> tuple[Codec, dict[str, npt.NDArray[Any]]]:
     """Fit a codec to a pilot; where its shape depends on the pilot, its spec says afterwards what was found.
 
     Parameters
     ----------
     spec : codec spec
     num_classes : int
-    pilot : Tensor [row, class]
+    pilot : Tensor [row, class] or HeadLogits
+        HeadLogits for the spectral codec alone.
 
     Returns
     -------
@@ -109,8 +109,12 @@ def fitted_codec(
     ------
     CodecError, NonFiniteLogitsError, ShapeError, WrongClassCountError
         As of `Codec.fit`.
+    TypeError
+        Another codec than the spectral one is given hidden states.
     """
     if isinstance(spec, Spectral):
         return SpectralCodec.fitted(spec, num_classes, pilot)
     codec = codec_for(spec, num_classes)
+    if isinstance(pilot, HeadLogits):
+        raise TypeError(f"{type(codec).__name__} needs a pilot of logits that are made, got hidden states and a head")
     return codec, codec.fit(pilot)

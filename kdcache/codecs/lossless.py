@@ -87,7 +87,7 @@ class LosslessCodec:
         return False
 
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
-        """Check that the pilot can be held exactly; there is nothing to fit.
+        """Check, in blocks of rows, that the pilot can be held exactly; there is nothing to fit.
 
         Raises
         ------
@@ -98,7 +98,10 @@ class LosslessCodec:
         ShapeError, WrongClassCountError
             The pilot is no [row, class] array of this codec's classes.
         """
-        self.encode(pilot, {})
+        check_logits(pilot, self.num_classes)
+        check_row_values(pilot)
+        if not _holds(self.spec.dtype, pilot):
+            raise CodecError(_refusal(pilot, self.spec.dtype))
         return {}
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
@@ -204,8 +207,13 @@ def _equal(stored: Tensor, logits: Tensor) -> bool:
     )
 
 
+def _holds(dtype: str, logits: Tensor) -> bool:
+    blocks = (logits[block] for block in row_blocks(logits.shape[0], logits.shape[1]))
+    return all(torch.equal(rows.to(_FLOATS[dtype]).to(rows.dtype), rows) for rows in blocks)
+
+
 def _refusal(logits: Tensor, dtype: str) -> str:
-    wider = [name for name, candidate in _FLOATS.items() if _equal(logits.to(candidate), logits)]
+    wider = [name for name in _FLOATS if _holds(name, logits)]
     remedy = (
         f'Use Lossless(dtype="{wider[0]}"), which holds them'
         if wider

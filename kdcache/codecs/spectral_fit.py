@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import HeadLogits, Logits
+from kdcache.codecs.rounding import coarsest_dtype, rounding_noise
 from kdcache.errors import CodecError
 
 _CLASS_BLOCK_ELEMENTS = 2**25
@@ -75,7 +76,8 @@ def fit_basis(pilot: Logits, *, rank: int | None = None) -> Basis:
     pilot : Tensor [row, class] or HeadLogits
         No masked classes. Of a head, S spans all that it can give, whatever the pilot showed of it.
     rank : int, optional
-        Components at most; the pilot's numerical rank where absent.
+        Components at most, down to the rounding of float32. Where absent, the pilot's numerical rank: logits that were
+        rounded to 16 bits, whatever their type is now, lose the components that such rounding alone would make.
 
     Raises
     ------
@@ -134,6 +136,17 @@ def _span(pilot: Logits, mean: Tensor, weights: Tensor, rank: int | None) -> Flo
     """Give the principal axes of the weighted rows, unweighted again: the rows of the span, orthonormal in w."""
     if isinstance(pilot, HeadLogits):
         return _span_of_head(pilot, weights, rank)
+    values, span = _principal_axes(pilot, mean, weights, rank)
+    dtype = coarsest_dtype(pilot) if rank is None else None
+    if dtype is None:
+        return span
+    noise = rounding_noise(pilot, weights, dtype).largest_eigenvalues(span * weights.sqrt())
+    above = values > noise
+    return span[above] if bool(above.any()) else span[:1]
+
+
+def _principal_axes(pilot: Tensor, mean: Tensor, weights: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Give the eigenvalues [component] of the weighted rows, descending, and the axes [component, class] unweighted."""
     num_rows, num_classes = pilot.shape
     root = weights.sqrt()
     row_means = torch.cat([block.double().mean(dim=1, keepdim=True) for block in _rows(pilot)])
@@ -146,20 +159,20 @@ def _span(pilot: Logits, mean: Tensor, weights: Tensor, rank: int | None) -> Flo
         for rows in _row_slices(pilot):
             gram += _outer(weighted(rows, slice(None)).T)
         values, vectors = torch.linalg.eigh(gram)
-        axes: Tensor = vectors.flip(1)[:, : _kept(values, rank)].T / root
-        return axes.float()
+        kept = _kept(values, rank)
+        return values.flip(0)[:kept], (vectors.flip(1)[:, :kept].T / root).float()
     gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=pilot.device)
     for classes in _class_slices(pilot):
         gram += _outer(weighted(slice(None), classes))
     values, vectors = torch.linalg.eigh(gram)
     if float(values[-1]) <= 0:
-        return torch.zeros(1, num_classes, device=pilot.device)
+        return values[-1:], torch.zeros(1, num_classes, device=pilot.device)
     kept = _kept(values, rank)
     turned = (vectors.flip(1)[:, :kept] / values.flip(0)[:kept].sqrt()).T.float()
     span = torch.empty(kept, num_classes, device=pilot.device)
     for classes in _class_slices(pilot):
         span[:, classes] = turned @ weighted(slice(None), classes) / root[classes]
-    return span
+    return values.flip(0)[:kept], span
 
 
 def _span_of_head(pilot: HeadLogits, weights: Tensor, rank: int | None) -> Float[Tensor, "component class"]:

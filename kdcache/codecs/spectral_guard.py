@@ -127,7 +127,8 @@ def _with_doubt(errors: RowErrors) -> Float64[Tensor, "row temperature"]:
 
 
 def _is_too_far(kl: Tensor, target: float) -> Bool[Tensor, " row"]:
-    return kl.amax(dim=1) > GUARD_FACTOR * target
+    too_far: Tensor = kl.amax(dim=1) > GUARD_FACTOR * target
+    return too_far
 
 
 def _too_far(errors: RowErrors, target: float) -> Int64[Tensor, " row"]:

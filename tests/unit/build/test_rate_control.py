@@ -8,7 +8,7 @@ import torch
 from kdcache import open_cache, verify_cache
 from kdcache.build import build_cache, plan_cache
 from kdcache.build.plan import choose_layout
-from kdcache.documents import Codes, RateTarget, Spectral, TopK
+from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
 from kdcache.errors import CodecError, DocumentError, OptionError
 from kdcache.store import CacheStore
 from kdcache.transfer_set import TransferSet
@@ -125,6 +125,36 @@ def test_a_row_that_no_step_can_code_stops_the_build_by_its_number(tmp_path):
             tmp_path / "cache", TransferSet.from_arrays(rows), {"a": Shifted()},
             codec=Spectral(max_kl=0.01), num_pilot_rows=64, batch_size=16,
         )  # fmt: skip
+
+
+class Rounded(Head):
+    """Runs in bfloat16, and says so or casts its logits to float32 at the end."""
+
+    def __init__(self, dtype, num_classes=400):
+        super().__init__(num_classes=num_classes)
+        self.dtype = dtype
+
+    def forward(self, hidden):
+        return super().forward(hidden).bfloat16().to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rounding_counts_as_no_component(tmp_path, dtype):
+    build_cache(tmp_path / "cache", ROWS, {"a": Rounded(dtype)}, max_kl=0.01)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.teachers["a"].codec == Spectral(max_kl=0.01, rank=6)
+    assert max(cache.certificate(temperature).max_kl for temperature in (1.0, 2.0, 4.0)) <= 0.02
+
+
+def test_a_target_below_the_rounding_is_met_by_a_basis_that_holds_it(tmp_path):
+    points = plan_cache(tmp_path / "cache", ROWS, {"a": Rounded(torch.float32)}, max_kl=1e-6).teachers[0].points
+    (rank,) = [point.codec.rank for point in points if isinstance(point.codec, Spectral) and point.codec.max_kl == 1e-6]
+    assert 390 < rank < 400
+
+
+def test_sixteen_bits_are_kept_as_they_are_where_codes_are_too_coarse(tmp_path):
+    found = plan_cache(tmp_path / "cache", FEW_ROWS, {"a": Rounded(torch.bfloat16)}, max_kl=1e-9).teachers[0]
+    assert found.codec == Lossless(dtype="bfloat16")
 
 
 class Narrow(torch.nn.Linear):
