@@ -15,6 +15,7 @@ __all__ = [
     "SoftTargetLoader",
     "SoftTargets",
     "Spectral",
+    "TeacherWithHead",
     "TopK",
     "TransferSet",
     "Views",
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache import errors
-    from kdcache.build import build_cache, plan_cache
+    from kdcache.build import TeacherWithHead, build_cache, plan_cache
     from kdcache.cache import SoftTargetCache, open_cache
     from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
     from kdcache.losses import DistillationLoss, distillation_loss
@@ -52,6 +53,7 @@ _HOMES = {
     "SoftTargetLoader": "stream",
     "SoftTargets": "soft_targets",
     "Spectral": "documents",
+    "TeacherWithHead": "build",
     "TopK": "documents",
     "TransferSet": "transfer_set",
     "Views": "transfer_set",

@@ -15,6 +15,7 @@ __all__ = [
     "Teacher",
     "TeacherForecast",
     "TeacherStatus",
+    "TeacherWithHead",
     "build_cache",
     "build_job",
     "plan_cache",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 from kdcache.build.builder import BuildProgress, build_cache, plan_cache
+from kdcache.build.headed import TeacherWithHead
 from kdcache.build.job import build_job, plan_job
 from kdcache.build.pilot import Forecast, TeacherForecast
 from kdcache.build.status import CacheStatus, TeacherStatus, read_status

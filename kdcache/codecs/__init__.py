@@ -31,8 +31,6 @@ __all__ = [
 from typing import Any
 
 import numpy.typing as npt
-from jaxtyping import Float
-from torch import Tensor
 
 from kdcache.codecs.base import Codec, Decoder, parameters_to
 from kdcache.codecs.bounds import BOUND_TEMPERATURES, scaled_bounds

@@ -95,7 +95,8 @@ def mean_after_guard(errors: RowErrors, target: float) -> Float64[Tensor, ""]:
     A level takes KL down by a factor of the square root of 2.
     """
     finer = _too_far(errors, target)
-    return (_with_doubt(errors) * 2.0 ** (-finer / 2)[:, None]).mean(dim=0).amax().clamp(min=1e-12)
+    left: Tensor = _with_doubt(errors) * 2.0 ** (-finer / 2)[:, None]
+    return left.mean(dim=0).amax().clamp(min=1e-12)
 
 
 def rounded(
@@ -123,7 +124,8 @@ def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
 
 def _with_doubt(errors: RowErrors) -> Float64[Tensor, "row temperature"]:
     """Give KL and what its mean may be off by: three standard errors, a ceiling being two deviations away."""
-    return errors.kl + (errors.kl_ceiling - errors.kl) * (1.5 / len(errors.kl) ** 0.5)
+    doubt: Tensor = (errors.kl_ceiling - errors.kl) * (1.5 / len(errors.kl) ** 0.5)
+    return errors.kl + doubt
 
 
 def _is_too_far(kl: Tensor, target: float) -> Bool[Tensor, " row"]:
