@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import build_overhead, fidelity, import_time, open_cache, precision, train_step
+from benchmarks import build_overhead, fidelity, import_time, open_cache, precision, targets, train_step
 
 BENCHMARKS = {
     "import": import_time.run,
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "step": train_step.run,
     "fidelity": fidelity.run,
     "precision": precision.run,
+    "targets": targets.run,
 }
 OUT = Path(__file__).parent / "out"
 
