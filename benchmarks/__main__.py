@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import build_overhead, fidelity, import_time, open_cache, precision, targets, train_step
+from benchmarks import build_overhead, encode, fidelity, import_time, open_cache, precision, targets, train_step
 
 BENCHMARKS = {
     "import": import_time.run,
     "open": open_cache.run,
     "build": build_overhead.run,
     "step": train_step.run,
+    "encode": encode.run,
     "fidelity": fidelity.run,
     "precision": precision.run,
     "targets": targets.run,

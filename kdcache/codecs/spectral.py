@@ -375,11 +375,27 @@ class SpectralCodec:
         ShapeError
             The codes have another number of columns.
         """
+        quantised, steps = self._quantised(codes, parameters)
+        return self._decoded(quantised, steps, self.prepare(parameters))
+
+    def coordinates(
+        self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
+    ) -> Float32[Tensor, "row component"]:
+        """Give the coded coordinates along the basis, before the matrix product; NaN in holes.
+
+        Raises
+        ------
+        CodecError, ShapeError
+            As `decode`.
+        """
+        quantised, steps = self._quantised(codes, parameters)
+        return quantised * steps
+
+    def _quantised(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         check_codes(codes, self)
         levels = codes[:, -1:].to(torch.int32)
         steps = parameters["steps"][levels.clamp(max=NUM_LEVELS - 1)]
-        steps = torch.where(levels < NUM_LEVELS, steps, torch.nan)
-        return self._decoded(_unzigzag(codes[:, :-1].view(torch.int16)), steps, self.prepare(parameters))
+        return _unzigzag(codes[:, :-1].view(torch.int16)), torch.where(levels < NUM_LEVELS, steps, torch.nan)
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""
