@@ -11,13 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import build_overhead, fidelity, import_time, open_cache, train_step
+from benchmarks import build_overhead, fidelity, import_time, open_cache, targets, train_step
 
 BENCHMARKS = {
     "import": import_time.run,
     "open": open_cache.run,
     "build": build_overhead.run,
     "step": train_step.run,
+    "guard": targets.run_guard,
+    "ranks": targets.run_ranks,
+    "samples": targets.run_samples,
     "fidelity": fidelity.run,
 }
 OUT = Path(__file__).parent / "out"
