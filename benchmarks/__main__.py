@@ -11,7 +11,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import build_overhead, encode, fidelity, import_time, open_cache, precision, targets, train_step
+from benchmarks import (
+    build_overhead,
+    encode,
+    fidelity,
+    import_time,
+    open_cache,
+    precision,
+    rate_control,
+    targets,
+    train_step,
+)
 
 BENCHMARKS = {
     "import": import_time.run,
@@ -19,6 +29,9 @@ BENCHMARKS = {
     "build": build_overhead.run,
     "step": train_step.run,
     "encode": encode.run,
+    "guard": rate_control.run_guard,
+    "ranks": rate_control.run_ranks,
+    "samples": rate_control.run_samples,
     "fidelity": fidelity.run,
     "precision": precision.run,
     "targets": targets.run,

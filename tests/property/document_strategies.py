@@ -28,10 +28,17 @@ counts = st.integers(1, 2**53)
 nats = st.floats(0, 1e300)
 logits = st.floats(allow_nan=False, allow_infinity=False).map(lambda value: value + 0.0)  # no negative zero
 weights = st.floats(0, 1)
+targets = st.none() | st.floats(1e-12, 1)
 codec_specs = st.one_of(
     st.builds(Lossless, dtype=st.sampled_from(["float32", "float16", "bfloat16"])),
-    st.builds(Codes, dtype=st.sampled_from(["uint8", "uint16"]), spacing=st.sampled_from(["uniform", "companded"])),
-    st.builds(TopK, k=st.integers(1, 4096), tail=st.sampled_from(["class-means", "samples"]), step=st.floats(2**-6, 1)),
+    st.builds(
+        Codes,
+        dtype=st.sampled_from(["uint8", "uint16"]),
+        spacing=st.sampled_from(["uniform", "companded"]),
+        max_kl=targets,
+    ),
+    st.builds(TopK, k=st.integers(1, 4096), step=st.floats(2**-6, 1), max_kl=targets),
+    st.builds(TopK, tail=st.just("samples"), num_samples=st.integers(1, 4096)),
 )
 views = st.builds(View, name=names, seed=st.integers(0, 2**63 - 1))
 fingerprints = st.builds(
@@ -81,6 +88,7 @@ def plan_documents(draw):
         batch_size=draw(counts),
         num_pilot_rows=draw(counts),
         previous=draw(st.none() | digests),
+        keeps_chunk_rows=draw(st.sampled_from([None, True])),
     )
 
 
@@ -103,6 +111,7 @@ def teacher_documents(draw):
         num_classes=draw(counts),
         codec=draw(codec_specs),
         num_columns=draw(counts),
+        chunk_rows=draw(st.none() | counts),
         storage_dtype=draw(st.sampled_from(["uint8", "uint16", "float16", "float32"])),
         parameters=described,
         parameters_group=draw(names) if described else None,

@@ -58,6 +58,11 @@ def test_a_budget_of_bytes_is_kept(tmp_path):
     assert 10 < found.bytes_per_row + found.parameter_bytes / 3000 <= 20
 
 
+def test_a_sampled_tail_is_no_candidate_because_its_kl_leaves_out_the_tail(tmp_path):
+    tails = {point.codec.tail for point in chosen(tmp_path, bytes_per_row=30).points if isinstance(point.codec, TopK)}
+    assert tails == {"class-means"}
+
+
 def test_a_larger_budget_is_more_faithful(tmp_path):
     small, large = (chosen(tmp_path, bytes_per_row=budget).certificate.mean_kl[0] for budget in (8, 12))
     assert large < small / 2
