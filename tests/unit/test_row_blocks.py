@@ -94,6 +94,17 @@ def test_reading_in_blocks_leaves_the_codes_as_they_were():
     assert all(torch.equal(codes, kept) for codes, kept in zip(soft_targets.codes, before, strict=True))
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_are_float32_whatever_torchs_default_is():
+    soft_targets = coded(Codes())
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = soft_targets.probabilities(2.0), soft_targets.logits()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {values.dtype for values in found} == {torch.float32}
+
+
 @pytest.mark.parametrize("max_elements", [1, 100, 80 * 23])
 def test_row_blocks_cover_the_batch_in_order(max_elements):
     soft_targets = coded(Codes())
