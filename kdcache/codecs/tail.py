@@ -122,7 +122,7 @@ class LogPartition:
     def evaluate(self, coefficients: Float64[Tensor, "row node"], beta: float) -> Float64[Tensor, " row"]:
         """Give F(beta) of each row."""
         # in tensors throughout: a compiler would make a graph of its own of every beta that Python computes with
-        here = coefficients.new_full((), beta)
+        here = coefficients.new_ones(()) * beta
         inside = here.clamp(max=HIGHEST_BETA)
         orders = torch.arange(self.num_nodes, dtype=coefficients.dtype, device=coefficients.device)
         angle = (2 * inside / HIGHEST_BETA - 1).clamp(-1, 1).acos()

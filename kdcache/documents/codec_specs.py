@@ -61,8 +61,9 @@ class Spectral(Document):
     rank: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Components at most; all that the pilot shows where absent. A teacher's document names the number found."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products that code and decode. bfloat16 is several times faster on most processors, and adds a KL
-    of 1e-4 to 1e-3 of its own, which the certificate contains."""
+    """Of the matrix products that code and decode. bfloat16 decodes about twice as fast on processors that have it, and
+    adds a KL of its own, which the certificate contains: on tokens of SmolLM2-135M 9e-5 in the mean over rows and
+    1.2e-3 in the worst row, whatever the target."""
 
     @model_validator(mode="after")
     def _check(self) -> Spectral:

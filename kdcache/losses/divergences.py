@@ -116,6 +116,7 @@ def logit_matching_loss(
 
     Examples
     --------
+    >>> import torch
     >>> logit_matching_loss(torch.tensor([[1.0, -1.0]]), torch.tensor([[12.0, 8.0]]))
     tensor(0.5000)
     """

@@ -239,7 +239,7 @@ class SoftTargets:
         indices, divisor = tuple(range(len(self.codes))), checked_temperature(temperature)
         if len(indices) == 1 or self._is_one_block(indices):
             return self._decoded(indices, divisor)
-        logits = torch.empty(len(self), len(indices), self.num_classes, device=self.device)
+        logits = torch.empty(len(self), len(indices), self.num_classes, dtype=torch.float32, device=self.device)
         for rows, block in self.row_blocks():
             for index in indices:
                 logits[rows, index] = block._decoded((index,), divisor)[:, 0]  # noqa: SLF001 - its own kind
@@ -358,7 +358,7 @@ class SoftTargets:
         """Decode the teachers and reduce their logits [row, teacher, class] to [row, class], a few rows at a time."""
         if self._is_one_block(indices):
             return reduce(self._decoded(indices, temperature))
-        result = torch.empty(len(self), self.num_classes, device=self.device)
+        result = torch.empty(len(self), self.num_classes, dtype=torch.float32, device=self.device)
         for rows in row_blocks(len(self), self.num_classes * len(indices), max_elements=_DECODED_ELEMENTS):
             self.rows(rows)._reduce_into(result[rows], indices, temperature, reduce)  # noqa: SLF001 - its own kind
         return result

@@ -1,6 +1,7 @@
 """What holds for the soft targets of any ensemble at any temperature."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,6 +159,50 @@ def test_selecting_rows_before_decoding_or_after_is_the_same(logits, positions, 
     index = torch.tensor([position % len(logits) for position in positions], dtype=torch.int64)
     soft_targets = batch(logits, spec)
     assert torch.equal(soft_targets.rows(index).logits(), soft_targets.logits()[index])
+
+
+@common
+@given(weighted_members(), temperatures, means, st.integers(1, 60), st.integers(1, 60))
+def test_blocks_of_any_size_give_the_same_soft_targets(case, temperature, mean, decoded_elements, softened_elements):
+    logits, weights = case
+    soft_targets = batch(logits, Codes())
+    expected = soft_targets.log_probabilities(temperature, mean=mean, weights=weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.soft_targets.batch._DECODED_ELEMENTS", decoded_elements)
+        patch.setattr("kdcache.soft_targets.means.BLOCK_ELEMENTS", softened_elements)
+        found = soft_targets.log_probabilities(temperature, mean=mean, weights=weights)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@common
+@given(members(), temperatures, st.integers(1, 60))
+def test_row_blocks_are_the_batch_cut_in_order(logits, temperature, max_elements):
+    soft_targets = batch(logits, Codes())
+    whole = soft_targets.probabilities(temperature)
+    for rows, block in soft_targets.row_blocks(max_elements=max_elements):
+        assert len(block) == 1 or block.logits().numel() <= max_elements
+        torch.testing.assert_close(block.probabilities(temperature), whole[rows], rtol=1e-6, atol=1e-7)
+
+
+@common
+@given(
+    members(),
+    temperatures,
+    st.sampled_from(["forward-kl", "cross-entropy", "logit-matching"]),
+    st.floats(0, 1),
+    st.integers(1, 60),
+)
+def test_blocks_of_any_size_give_the_same_loss_and_gradient(logits, temperature, divergence, soft_weight, elements):
+    student = logits[:, 0].double().requires_grad_()
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    options = {"temperature": temperature, "divergence": divergence, "soft_weight": soft_weight}
+    expected = distillation_loss(student, logits.double(), labels, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.soft_targets.means.BLOCK_ELEMENTS", elements)
+        found = distillation_loss(student, logits.double(), labels, **options)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(loss, student)[0] for loss in (found, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-12 * max(1.0, temperature**2))
 
 
 @common
