@@ -162,9 +162,13 @@ class ErrorSums:
         rounding = _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * (largest_logit + self._centre.double().abs())
         margin = rounding + error_rounding * largest_error + (0.0 if error_margin is None else error_margin.double())
         logit_margin = logit_rounding * largest_logit
+        near = (highest[0].double()[:, None] - _NEGLIGIBLE * temperatures).abs()
+        likely_logit = torch.minimum(torch.maximum(highest[0].double().abs()[:, None], near), largest_logit[:, None])
         return RowErrors(
             kl=divergences,
-            kl_ceiling=_ceiling(divergences, logit_margin[:, None] / temperatures, margin[:, None] / temperatures),
+            kl_ceiling=_ceiling(
+                divergences, logit_rounding * likely_logit / temperatures, margin[:, None] / temperatures
+            ),
             scaled_bounds=sums.scaled_bounds(error_margin=margin, logit_margin=logit_margin),
             error_range=sums.error_range() + 2 * margin,
             lowest_logit=lowest[0],
@@ -180,6 +184,9 @@ def _ceiling(kl: Tensor, logit_margin: Tensor, error_margin: Tensor) -> Float64[
     """
     return torch.exp(2 * logit_margin) * (kl.sqrt() + error_margin * 2**-0.5) ** 2
 
+
+_NEGLIGIBLE = 20.0
+"""Logits over temperature below the largest at which classes are too unlikely to be felt: exp(-20) is 2e-9."""
 
 _FLOAT32_ROUNDINGS = 8.0
 """Units in the last place that a float32 logit made or decoded in another order of sums may be off by."""

@@ -140,7 +140,9 @@ class MadeRows:
         """Decode as a reader does, and compare."""
         wide = self.logits.shape[1] > PRECISE_CLASSES and self.logits.dtype != torch.float64
         kernel = self._quick if wide and self.smallest >= SMALLEST_QUICK_KL else self._precise
-        return _in_blocks(lambda block: kernel(self.logits[rows[block]], quantised[block], steps[block]), len(rows))
+        # a slice where it serves: picking rows copies their logits
+        index = (lambda block: block) if len(rows) == len(self) else (lambda block: rows[block])
+        return _in_blocks(lambda block: kernel(self.logits[index(block)], quantised[block], steps[block]), len(rows))
 
     def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Give `errors`, which are exact."""
@@ -299,31 +301,31 @@ class HeadRows:
         )
 
     def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
-        """Make the logits of these rows, a block of rows at a time, and measure them as rows of logits are measured."""
+        """Make logits and noise in float32, tile by tile."""
+        return _in_blocks(
+            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block], exactly=True),
+            len(rows),
+        )
 
-        def measured(block: slice) -> RowErrors:
-            made = MadeRows(self.made[rows[block]], self.parameters, smallest=SMALLEST_QUICK_KL)
-            return made.errors(all_rows(made), quantised[block], steps[block])
-
-        return _in_blocks(measured, len(rows))
-
-    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
-        prepared, dtype = self.prepared, self.prepared.head.weight.dtype
+    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor, *, exactly: bool = False) -> RowErrors:
+        prepared = self.prepared
+        dtype = torch.float32 if exactly else prepared.head.weight.dtype
+        basis = self.parameters["basis"] if exactly else prepared.noise_basis
         noise = quantised * steps.double() - (hidden.double() @ prepared.turn + prepared.origin)
-        quarter_noise = (noise / 4).to(prepared.noise_basis.dtype)
+        quarter_noise = (noise / 4).to(basis.dtype)
         quarter_hidden = hidden.to(dtype) / 4
         top = self._likely_logits(hidden).amax(dim=1).float()
         sums = ErrorSums(top, torch.zeros_like(top), self.made.shape[1])
         for block in class_blocks(self.made.shape[1]):
-            errors = quarter_noise @ prepared.noise_basis[:, block]
+            errors = quarter_noise @ basis[:, block]
             logits = _quarter_logits(quarter_hidden, prepared.head.classes(block))
             for columns, quarter, offsets in sums.tiles(block):
                 quarter.copy_(logits[:, columns])
                 offsets.copy_(errors[:, columns])
-        unit = _UNIT_ROUNDINGS[prepared.noise_basis.dtype]
+        unit = _UNIT_ROUNDINGS[basis.dtype]
+        rounded = _DEVIATIONS * (2 / 3) ** 0.5 * unit * noise.abs().amax(dim=1) * prepared.longest
         return sums.row_errors(
-            error_margin=_DEVIATIONS * 2**0.5 * unit * noise.abs().amax(dim=1) * prepared.longest
-            + prepared.outside * top.abs(),
+            error_margin=rounded + prepared.outside * top.abs(),
             error_rounding=unit,
             logit_rounding=_UNIT_ROUNDINGS[dtype],
         )
@@ -364,7 +366,7 @@ def _in_blocks(measured: Callable[[slice], RowErrors], num_rows: int) -> RowErro
 
 
 def _quarter_logits(quarter_hidden: Tensor, head: Head) -> Tensor:
-    product = quarter_hidden @ head.weight.T
+    product = quarter_hidden @ head.weight.to(quarter_hidden.dtype).T
     return product if head.bias is None else product + (head.bias / 4).to(product.dtype)
 
 
