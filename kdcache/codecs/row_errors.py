@@ -132,7 +132,12 @@ class ErrorSums:
         torch.sum(scratch.mul_(scratch), dim=1, out=self._coded[0, place])
 
     def row_errors(
-        self, *, error_margin: Tensor | None = None, error_rounding: float = 0.0, logit_rounding: float = 0.0
+        self,
+        *,
+        error_margin: Tensor | None = None,
+        kl_margin: Tensor | None = None,
+        error_rounding: float = 0.0,
+        logit_rounding: float = 0.0,
     ) -> RowErrors:
         """Give what the sums come to, with room in bounds and range for what was rounded on the way into the tiles.
 
@@ -140,6 +145,8 @@ class ErrorSums:
         ----------
         error_margin : Tensor [row], optional
             What every error may be off by.
+        kl_margin : Tensor [row], optional
+            The same of the errors of likely classes, in the mean over which KL is made; as `error_margin` by default.
         error_rounding, logit_rounding : float
             What errors and logits may be off by besides, as shares of the row's largest.
         """
@@ -160,14 +167,16 @@ class ErrorSums:
         largest_error = torch.maximum(sums.highest.abs(), sums.lowest.abs())
         largest_logit = torch.maximum(lowest[0].abs(), highest[0].abs()).double()
         rounding = _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * (largest_logit + self._centre.double().abs())
-        margin = rounding + error_rounding * largest_error + (0.0 if error_margin is None else error_margin.double())
+        rounding = rounding + error_rounding * largest_error
+        margin = rounding if error_margin is None else rounding + error_margin.double()
+        mean_margin = margin if kl_margin is None else rounding + kl_margin.double()
         logit_margin = logit_rounding * largest_logit
         near = (highest[0].double()[:, None] - _NEGLIGIBLE * temperatures).abs()
         likely_logit = torch.minimum(torch.maximum(highest[0].double().abs()[:, None], near), largest_logit[:, None])
         return RowErrors(
             kl=divergences,
             kl_ceiling=_ceiling(
-                divergences, logit_rounding * likely_logit / temperatures, margin[:, None] / temperatures
+                divergences, logit_rounding * likely_logit / temperatures, mean_margin[:, None] / temperatures
             ),
             scaled_bounds=sums.scaled_bounds(error_margin=margin, logit_margin=logit_margin),
             error_range=sums.error_range() + 2 * margin,

@@ -96,7 +96,7 @@ def mean_after_guard(errors: RowErrors, target: float) -> Float64[Tensor, ""]:
 
     A level takes KL down by a factor of the square root of 2.
     """
-    finer = _too_far(errors, target)
+    finer = _too_far(errors.kl, target)
     left: Tensor = _with_doubt(errors) * 2.0 ** (-finer / 2)[:, None]
     return left.mean(dim=0).amax().clamp(min=1e-12)
 
@@ -140,16 +140,16 @@ def _is_too_far(kl: Tensor, target: float) -> Bool[Tensor, " row"]:
     return too_far
 
 
-def _too_far(errors: RowErrors, target: float) -> Int64[Tensor, " row"]:
+def _too_far(kl: Tensor, target: float) -> Int64[Tensor, " row"]:
     """Say by how many levels the rows above twice the target are to be refined."""
-    excess = errors.kl_ceiling.amax(dim=1) / (GUARD_FACTOR * target)
+    excess = kl.amax(dim=1) / (GUARD_FACTOR * target)
     levels = (2 * (_MARGIN * excess).clamp(min=1e-12).log2()).ceil().clamp(min=1)
-    return torch.where(_is_too_far(errors.kl, target), levels, 0).to(torch.int64)
+    return torch.where(excess > 1, levels, 0).to(torch.int64)
 
 
 def _refinements(errors: RowErrors, target: float) -> Int64[Tensor, " row"]:
     """Say by how many levels each row is to be refined: all 0 where the target is met."""
-    finer = _too_far(errors, target)
+    finer = _too_far(errors.kl_ceiling, target)
     if bool((finer > 0).any()):
         return finer
     kl = _with_doubt(errors)

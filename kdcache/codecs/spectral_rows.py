@@ -42,7 +42,6 @@ SMALLEST_QUICK_KL = 1e-3
 _PRODUCT_COLUMNS = 4096
 _SAMPLED_CLASSES = 4096
 _UNIT_ROUNDINGS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-_DEVIATIONS = 6.0
 _MOST_OUTSIDE = 1e-3
 
 
@@ -73,7 +72,7 @@ class SpectralRows(Protocol):
     def exact_errors(
         self, rows: Int[Tensor, " row"], quantised: Int[Tensor, "row component"], steps: Float[Tensor, "row 1"]
     ) -> RowErrors:
-        """Say it with logits and products in float32: slower, and without doubt from rounding."""
+        """Say it with logits in float32: slower, and without doubt from their rounding."""
         ...
 
 
@@ -256,8 +255,8 @@ class HeadRows:
 
     What coding changes is (quantised * step - coordinates) @ basis: a product of small numbers, for which bfloat16 will
     do. Its rounding is a sum of as many independent roundings as there are components, of which six standard deviations
-    are allowed for; the rounding of logits, of which weights are made, is allowed for as far as it can go. Both go into
-    bounds, ranges and the ceiling of KL.
+    of the worst class are allowed for, and four of a mean over classes; the rounding of logits, of which weights are
+    made, is allowed for as far as it can go. Both go into bounds, ranges and the ceiling of KL.
 
     Parameters
     ----------
@@ -296,21 +295,20 @@ class HeadRows:
 
     def errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Multiply the quantisation noise with the basis, and the hidden states with the head, tile by tile."""
+        dtype = self.prepared.head.weight.dtype
         return _in_blocks(
-            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block]), len(rows)
+            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block], dtype), len(rows)
         )
 
     def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
-        """Make logits and noise in float32, tile by tile."""
+        """Give `errors` with logits made in float32."""
         return _in_blocks(
-            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block], exactly=True),
+            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block], torch.float32),
             len(rows),
         )
 
-    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor, *, exactly: bool = False) -> RowErrors:
-        prepared = self.prepared
-        dtype = torch.float32 if exactly else prepared.head.weight.dtype
-        basis = self.parameters["basis"] if exactly else prepared.noise_basis
+    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor, dtype: torch.dtype) -> RowErrors:
+        prepared, basis = self.prepared, self.prepared.noise_basis
         noise = quantised * steps.double() - (hidden.double() @ prepared.turn + prepared.origin)
         quarter_noise = (noise / 4).to(basis.dtype)
         quarter_hidden = hidden.to(dtype) / 4
@@ -323,9 +321,11 @@ class HeadRows:
                 quarter.copy_(logits[:, columns])
                 offsets.copy_(errors[:, columns])
         unit = _UNIT_ROUNDINGS[basis.dtype]
-        rounded = _DEVIATIONS * (2 / 3) ** 0.5 * unit * noise.abs().amax(dim=1) * prepared.longest
+        outside = prepared.outside * top.abs()
+        deviation = (2 / 3) ** 0.5 * unit * prepared.longest
         return sums.row_errors(
-            error_margin=rounded + prepared.outside * top.abs(),
+            error_margin=6 * deviation * noise.abs().amax(dim=1) + outside,
+            kl_margin=4 * deviation * noise.square().mean(dim=1).sqrt() + outside,
             error_rounding=unit,
             logit_rounding=_UNIT_ROUNDINGS[dtype],
         )
