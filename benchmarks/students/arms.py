@@ -104,6 +104,11 @@ def open_arms(subject: Subject, temperatures: Sequence[float], folder: Path) -> 
     ------
     Arm
         The full logits first.
+
+    Raises
+    ------
+    ValueError
+        Another system keeps not a single class within spectral's bytes.
     """
     logits, held_out = subject.train_logits, subject.held_out_logits
     full = FullLogits()
@@ -119,7 +124,10 @@ def open_arms(subject: Subject, temperatures: Sequence[float], folder: Path) -> 
         yield Arm(ours, _encoded(ours, logits), row_bytes)
     sample = held_out[thinned(torch.arange(len(held_out)), _SIZING_ROWS)]
     for number, (family, temperature) in enumerate(_peers(subject.num_classes, temperatures)):
-        peer = family.make(largest(family, budget, sample))
+        size = largest(family, budget, sample)
+        if size == 0:
+            raise ValueError(f"{family.make(1).name} keeps nothing of {len(sample)} rows in {budget:.0f} bytes each")
+        peer = family.make(size)
         row_bytes = peer.write(_encoded(peer, held_out), folder / f"sized-{number}") / len(held_out)
         peer.write(_encoded(peer, logits), folder / f"peer-{number}")
         yield Arm(peer, peer.load(folder / f"peer-{number}"), row_bytes, temperature)

@@ -26,6 +26,9 @@ _STYLES: Final = {  # the start of an arm's name -> colour that the colour-blind
     "random sampling at T=1": ("#999999", "<"),
     "random sampling at T=": ("#333333", ">"),
 }
+_LINEAR_UP_TO: Final = 0.01  # nats
+_DIFFERENCE_TICKS: Final = (-0.1, -0.01, 0, 0.01, 0.1, 1)
+_BYTES_TICKS: Final = (20, 50, 100, 200, 500)
 
 Found = Mapping[str, Any]
 
@@ -78,7 +81,7 @@ def draw(subjects: Mapping[str, Found], path: Path) -> Path:
     """Draw bytes a row against the difference in KL at temperature 1, a panel for each subject and temperature.
 
     Small points are seeds, large ones their mean. The grey band is the standard deviation of full-logit students over
-    seeds, about 0; the axis is linear inside it and logarithmic outside.
+    seeds, about 0; the axis is linear up to 0.01 nats and logarithmic from there.
     """
     import matplotlib as mpl
 
@@ -126,15 +129,17 @@ def _draw_panel(axes: Any, found: Found, temperature: float) -> None:
             places[:1], [differences.mean], marker, color=colour, markersize=7, linestyle="", label=label, zorder=3
         )
     axes.set(xscale="log", title=f"student at T = {temperature:g}")
-    axes.set_yscale("symlog", linthresh=max(spread, 1e-6))
-    axes.xaxis.set_major_locator(_fixed((20, 50, 100, 200, 500)))
-    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_yscale("symlog", linthresh=_LINEAR_UP_TO)
+    axes.yaxis.set_major_locator(_fixed(_DIFFERENCE_TICKS))
+    axes.xaxis.set_major_locator(_fixed(_BYTES_TICKS))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(visible=True, which="major", color="#E5E5E5", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _fixed(ticks: tuple[int, ...]) -> Any:
+def _fixed(ticks: tuple[float, ...]) -> Any:
     from matplotlib.ticker import FixedLocator
 
     return FixedLocator(ticks)

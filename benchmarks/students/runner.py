@@ -36,7 +36,7 @@ PLANS: Final = {
     "image": Plan(num_train=3200, num_held_out=800, steps=600, learning_rate=0.003, seeds=5),
 }
 QUICK: Final = {
-    "lm": Plan(num_train=1024, num_held_out=256, steps=20, learning_rate=0.01, seeds=2, temperatures=(1.0, 2.0)),
+    "lm": Plan(num_train=512, num_held_out=256, steps=20, learning_rate=0.01, seeds=2, temperatures=(1.0, 2.0)),
     "image": Plan(num_train=3200, num_held_out=800, steps=40, learning_rate=0.003, seeds=2, temperatures=(1.0, 2.0)),
 }
 
@@ -44,7 +44,7 @@ QUICK: Final = {
 def run(
     names: Sequence[str] = tuple(OPENERS), *, plans: Mapping[str, Plan] = PLANS, results: Path = RESULTS
 ) -> list[dict[str, Any]]:
-    """Train the students of every subject; after each arm, write the figures so far and draw them.
+    """Train the students of every subject; after each arm, keep the figures so far, and after each subject draw them.
 
     Parameters
     ----------
@@ -67,7 +67,8 @@ def run(
     for name in names:
         for found in _progress(compare(OPENERS[name], plans[name])):
             document["subjects"][name] = found
-            write(document, results)
+            _keep(document, results)
+        write(document, results)
     return overview({name: document["subjects"][name] for name in names})
 
 
@@ -92,11 +93,15 @@ def compare(opener: Callable[[Plan], Subject], plan: Plan) -> Iterator[dict[str,
 
 def write(document: dict[str, Any], results: Path) -> None:
     """Write the figures as JSON and draw them; the usual file's tables go into docs/students-fidelity.md too."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    _keep(document, results)
     draw(document["subjects"], PICTURE if results == RESULTS else results.with_suffix(".png"))
     if results == RESULTS:
         PAGE.write_text(filled(PAGE.read_text(), all_tables(document["subjects"])))
+
+
+def _keep(document: dict[str, Any], results: Path) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(_rounded(document), indent=1) + "\n")
 
 
 def _students(subject: Subject, arm: Arm, plan: Plan) -> Iterator[dict[str, Any]]:
