@@ -14,7 +14,7 @@ help:
 	@echo "make check     format, lint, types, import order, schemas"
 	@echo "make bench     the benchmarks"
 	@echo "make bench-data  record the real teachers that benchmarks and studies run on"
-	@echo "make bench-students  students of soft targets kept in every way (forty minutes of processor time)"
+	@echo "make bench-students  students of soft targets kept in every way (half an hour of processor time)"
 	@echo "make mnist     the paper's MNIST section (about an hour of processor time)"
 
 setup: $(READY)

@@ -32,8 +32,8 @@ PAGE: Final = DOCS / "students-fidelity.md"
 
 OPENERS: Final[Mapping[str, Callable[[Plan], Subject]]] = {"lm": open_lm, "image": open_image}
 PLANS: Final = {
-    "lm": Plan(num_train=10_240, num_held_out=2048, steps=400, learning_rate=0.01, seeds=3),
-    "image": Plan(num_train=3200, num_held_out=800, steps=600, learning_rate=0.003, seeds=5),
+    "lm": Plan(num_train=8192, num_held_out=2048, steps=300, learning_rate=0.01, seeds=3),
+    "image": Plan(num_train=3200, num_held_out=800, steps=400, learning_rate=0.003, seeds=5),
 }
 QUICK: Final = {
     "lm": Plan(num_train=512, num_held_out=256, steps=20, learning_rate=0.01, seeds=2, temperatures=(1.0, 2.0)),

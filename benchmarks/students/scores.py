@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.students.subjects import Subject
 
-_BLOCK_ELEMENTS: Final = 2**22
+_BLOCK_ELEMENTS: Final = 2**20
 _NUM_BINS: Final = 15
 
 
