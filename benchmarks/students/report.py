@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["all_tables", "draw", "overview", "table"]
+__all__ = ["all_tables", "draw", "overview", "summary", "table"]
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,11 +35,29 @@ Found = Mapping[str, Any]
 
 def all_tables(subjects: Mapping[str, Found]) -> dict[str, str]:
     """Give every table of a results file, in Markdown, by name."""
-    return {
-        f"{name} T={temperature:g}": table(found, temperature)
-        for name, found in subjects.items()
-        for temperature in found["plan"]["temperatures"]
-    }
+    tables = {name: summary(found) for name, found in subjects.items()}
+    for name, found in subjects.items():
+        tables |= {f"{name} T={at:g}": table(found, at) for at in found["plan"]["temperatures"]}
+    return tables
+
+
+def summary(found: Found) -> str:
+    """Give the table of one subject: how many percent an arm's KL at temperature 1 is over the full logits'.
+
+    A star as in `table`; the full logits have their KL, in nats.
+    """
+    temperatures = found["plan"]["temperatures"]
+    rows = [
+        ["kept", "bytes a row", *(f"learnt at T={at:g}" for at in temperatures)],
+        ["---", *["---:"] * (1 + len(temperatures))],
+    ]
+    arms = found["arms"]
+    full = {at: statistics.fmean(scores_of(arms[0], "kl", at).values()) for at in temperatures}
+    rows.append([arms[0]["name"], f"{arms[0]['row_bytes']:,.0f}", *(f"{full[at]:.2f} nats" for at in temperatures)])
+    for arm in arms[1:]:
+        cells = [_percent(arm, arms, at, full[at]) for at in temperatures]
+        rows.append([_name(arm), f"{arm['row_bytes']:,.0f}", *cells])
+    return _markdown(rows)
 
 
 def table(found: Found, temperature: float) -> str:
@@ -56,10 +74,9 @@ def table(found: Found, temperature: float) -> str:
     for arm in arms:
         if not scores_of(arm, "kl", temperature):
             continue
-        name = f"**{arm['name']}**" if arm["is_ours"] else arm["name"]
         cells = _full(arm, shown, temperature) if arm is arms[0] else _against_full(arm, found, shown, temperature)
-        rows.append([name, f"{arm['row_bytes']:,.0f}", *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append([_name(arm), f"{arm['row_bytes']:,.0f}", *cells])
+    return _markdown(rows)
 
 
 def overview(subjects: Mapping[str, Found]) -> list[dict[str, Any]]:
@@ -155,3 +172,18 @@ def _against_full(arm: Found, found: Found, shown: list[str], temperature: float
     for score in shown:
         one = paired(arm, found["arms"], score, temperature)
         yield f"{one.mean:+.4f} ± {one.half_width:.4f}{' *' if one.is_seen else ''}"
+
+
+def _percent(arm: Found, arms: Sequence[Found], temperature: float, full: float) -> str:
+    if not scores_of(arm, "kl", temperature):
+        return ""
+    one = paired(arm, arms, "kl", temperature)
+    return f"{100 * one.mean / full:+.1f} %{' *' if one.is_seen else ''}"
+
+
+def _name(arm: Found) -> str:
+    return f"**{arm['name']}**" if arm["is_ours"] else str(arm["name"])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -253,6 +253,19 @@ def test_tables_star_what_is_seen_and_leave_out_arms_without_students():
     assert rows[4].startswith("| DistillKit, renormalised, k=3 | 100 | +0.5333 ± 0.1434 * |")
 
 
+def test_the_summary_gives_percents_of_the_full_students_divergence():
+    rows = report.summary(FOUND).splitlines()
+    assert rows[1:4] == [
+        "| --- | ---: | ---: |",
+        "| full logits, float32 | 160 | 2.00 nats |",
+        "| **kdcache spectral, max_kl=0.02** | 100 | +0.0 % |",
+    ]
+    assert rows[4:] == [
+        "| DistillKit, renormalised, k=3 | 100 | +26.7 % * |",
+        "| random sampling at T=2, 5 draws | 100 |  |",
+    ]
+
+
 def test_pictures_of_equal_students_are_equal(tmp_path):
     first, second = (report.draw({"lm": FOUND}, tmp_path / f"{name}.png") for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
