@@ -18,6 +18,7 @@ from benchmarks.fidelity.measures import Contestant
 from benchmarks.fidelity.ours import Ours
 from benchmarks.fidelity.peers import DistillKit, Kept, Peer, RandomSampling
 from benchmarks.students.subjects import Subject, thinned
+from kdcache.documents import CodecSpec, Codes
 
 FULL: Final = "full logits"
 _BUDGET_SETTING: Final = "max_kl=0.02"  # other systems are given the bytes of this arm
@@ -115,9 +116,7 @@ def open_arms(subject: Subject, temperatures: Sequence[float], folder: Path) -> 
     yield Arm(full, full.encode(logits), 4.0 * subject.num_classes)
     budget = 0.0
     pilot = logits[thinned(torch.arange(len(logits)), _PILOT_ROWS)]
-    for number, (name, setting, spec) in enumerate(named_specs(subject.num_classes)):
-        if name == "codes":  # all but lossless
-            continue
+    for number, (name, setting, spec) in enumerate(_specs(subject.num_classes)):
         ours = Ours(f"kdcache {name}", setting, spec, pilot, folder / f"cache-{number}")
         row_bytes = ours.sizes(_encoded(ours, held_out)).row_bytes
         budget = row_bytes if setting == _BUDGET_SETTING else budget
@@ -131,6 +130,12 @@ def open_arms(subject: Subject, temperatures: Sequence[float], folder: Path) -> 
         row_bytes = peer.write(_encoded(peer, held_out), folder / f"sized-{number}") / len(held_out)
         peer.write(_encoded(peer, logits), folder / f"peer-{number}")
         yield Arm(peer, peer.load(folder / f"peer-{number}"), row_bytes, temperature)
+
+
+def _specs(num_classes: int) -> Iterator[tuple[str, str, CodecSpec]]:
+    """Give the settings of benchmarks.fidelity, but codes first: all but lossless, they show the noise of training."""
+    yield "codes", "uint8", Codes()
+    yield from (named for named in named_specs(num_classes) if named[0] != "codes")
 
 
 def _peers(num_classes: int, temperatures: Sequence[float]) -> Iterator[tuple[Family, float | None]]:

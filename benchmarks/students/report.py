@@ -19,6 +19,7 @@ _COLUMNS: Final = {
     "calibration_error": "calibration error",
 }
 _STYLES: Final = {  # the start of an arm's name -> colour that the colour-blind can tell apart, marker
+    "kdcache codes": ("#009E73", "^"),
     "kdcache spectral": ("#0072B2", "o"),
     "kdcache topk, class means": ("#56B4E9", "s"),
     "kdcache topk, samples": ("#56B4E9", "d"),
@@ -28,7 +29,7 @@ _STYLES: Final = {  # the start of an arm's name -> colour that the colour-blind
 }
 _LINEAR_UP_TO: Final = 0.01  # nats
 _DIFFERENCE_TICKS: Final = (-0.1, -0.01, 0, 0.01, 0.1, 1)
-_BYTES_TICKS: Final = (20, 50, 100, 200, 500)
+_BYTES_TICKS: Final = (30, 100, 300, 1000, 10_000)
 
 Found = Mapping[str, Any]
 
