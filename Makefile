@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help setup demo test test-all check format schemas bench bench-data mnist clean
+.PHONY: help setup demo test test-all check format schemas bench bench-data bench-students mnist clean
 
 help:
 	@echo "make demo      the main job on data that comes with a package, in under three minutes"
@@ -14,6 +14,7 @@ help:
 	@echo "make check     format, lint, types, import order, schemas"
 	@echo "make bench     the benchmarks"
 	@echo "make bench-data  record the real teachers that benchmarks and studies run on"
+	@echo "make bench-students  students of soft targets kept in every way (half an hour of processor time)"
 	@echo "make mnist     the paper's MNIST section (about an hour of processor time)"
 
 setup: $(READY)
@@ -56,6 +57,9 @@ bench: $(READY)
 bench-data: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.teachers
+
+bench-students: bench-data
+	$(BIN)/python -m benchmarks.students
 
 mnist: $(READY)
 	$(BIN)/python -m jobs.mnist

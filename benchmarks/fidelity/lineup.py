@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Entry", "named_specs", "our_entries", "peer_entries"]
+__all__ = ["Entry", "Family", "largest", "named_specs", "our_entries", "peer_entries"]
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +80,7 @@ def peer_entries(subject: Subject, budgets: Sequence[float], folder: Path) -> li
     for number, family in enumerate(_families(subject.num_classes)):
         sample = subject.pilot[torch.linspace(0, len(subject.pilot) - 1, _SIZING_ROWS).long()]
         asked = budgets if family.is_main else budgets[len(budgets) // 2 :][:1]
-        sizes = [family.default] + [_largest(family, budget, sample) for budget in asked]
+        sizes = [family.default] + [largest(family, budget, sample) for budget in asked]
         for place, size in enumerate(dict.fromkeys(size for size in sizes if size)):
             peer = family.make(size)
             kept = peer.encode(subject.held_out)
@@ -91,7 +91,7 @@ def peer_entries(subject: Subject, budgets: Sequence[float], folder: Path) -> li
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """A system, up to the number that sets its size; one that is not a main one meets the middle budget only."""
 
     make: Callable[[int], Peer]
@@ -111,21 +111,21 @@ def named_specs(num_classes: int) -> Iterator[tuple[str, str, CodecSpec]]:
         yield "codes", "uint8", documents.Codes()
 
 
-def _families(num_classes: int) -> list[_Family]:
+def _families(num_classes: int) -> list[Family]:
     most = num_classes - 1
     return [
-        _Family(lambda k: DistillKit(num_classes, k=k), 128, most),
-        _Family(lambda k: DistillKit(num_classes, k=k, leftover="zero"), 128, most, is_main=False),
-        _Family(lambda k: TinyViT(num_classes, k=k), 100, most),
-        _Family(lambda k: MlDr(num_classes, k=k), 10, most),
-        _Family(lambda draws: RandomSampling(num_classes, draws), 50, _MOST_DRAWS),
-        _Family(
+        Family(lambda k: DistillKit(num_classes, k=k), 128, most),
+        Family(lambda k: DistillKit(num_classes, k=k, leftover="zero"), 128, most, is_main=False),
+        Family(lambda k: TinyViT(num_classes, k=k), 100, most),
+        Family(lambda k: MlDr(num_classes, k=k), 10, most),
+        Family(lambda draws: RandomSampling(num_classes, draws), 50, _MOST_DRAWS),
+        Family(
             lambda draws: RandomSampling(num_classes, draws, stored_temperature=2.0), 50, _MOST_DRAWS, is_main=False
         ),
     ]
 
 
-def _largest(family: _Family, budget: float, sample: Float[Tensor, "row class"]) -> int:
+def largest(family: Family, budget: float, sample: Float[Tensor, "row class"]) -> int:
     """Give the largest size whose files stay within `budget` bytes a row of a sample; 0 where none does."""
     low, high = 0, 1
     while high < family.most and _row_bytes(family.make(high), sample) <= budget:
