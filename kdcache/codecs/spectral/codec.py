@@ -16,8 +16,8 @@ from torch import Tensor
 from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.row_errors import RowErrors
-from kdcache.codecs.spectral_fit import Basis, fit_basis, masked_classes
-from kdcache.codecs.spectral_guard import (
+from kdcache.codecs.spectral.fit import Basis, fit_basis, masked_classes
+from kdcache.codecs.spectral.guard import (
     LARGEST_CODE,
     LEVELS_PER_OCTAVE,
     NUM_LEVELS,
@@ -26,7 +26,7 @@ from kdcache.codecs.spectral_guard import (
     refuse_far,
     rounded,
 )
-from kdcache.codecs.spectral_rows import (
+from kdcache.codecs.spectral.rows import (
     HeadRows,
     MadeRows,
     PreparedHead,
@@ -257,7 +257,7 @@ class SpectralCodec:
         return {**parameters, "basis": parameters["basis"].to(dtype)}
 
     def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add what encoding needs besides; see `kdcache.codecs.spectral_rows.encoding_parameters`."""
+        """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`."""
         if "projection" in parameters:
             return dict(parameters)
         prepared = self.prepare(parameters)

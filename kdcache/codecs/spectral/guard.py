@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.codecs.row_errors import RowErrors
-from kdcache.codecs.spectral_rows import SpectralRows, all_rows
+from kdcache.codecs.spectral.rows import SpectralRows, all_rows
 from kdcache.errors import CodecError
 
 NUM_LEVELS = 96

@@ -31,7 +31,7 @@ from kdcache.codecs.certificate import error_range, measure
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import Head, HeadLogits
 from kdcache.codecs.row_errors import TILE_ROWS, ErrorSums, RowErrors
-from kdcache.codecs.spectral_fit import projection_of
+from kdcache.codecs.spectral.fit import projection_of
 
 PRECISE_CLASSES = 4096
 """Rows of at most so many classes are measured in float64: it costs little there."""
