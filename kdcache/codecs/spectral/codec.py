@@ -450,11 +450,9 @@ class SpectralCodec:
         """Choose the way in: hidden states as they are where they serve, rows of logits else."""
         smallest = self.max_kl or _DEFAULT_MAX_KL
         if isinstance(logits, HeadLogits):
-            key = (id(parameters["projection"]), logits.device)
-            if key not in logits.head.prepared:
-                logits.head.prepared[key] = PreparedHead.of(logits.head, parameters)
-            prepared = logits.head.prepared[key]
-            if isinstance(prepared, PreparedHead) and HeadRows.can_measure(prepared, smallest=smallest):
+            # rounded products of `precision` are to be measured as readers make them
+            prepared = PreparedHead.kept(logits.head, parameters) if self.spec.precision == "float32" else None
+            if prepared is not None and HeadRows.can_measure(prepared, smallest=smallest):
                 return HeadRows(logits, prepared, parameters)
             logits = logits[:]
         return MadeRows(logits, parameters, smallest)

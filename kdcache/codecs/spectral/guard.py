@@ -62,6 +62,8 @@ def guarded(
     CodecError
         A row cannot be coded so that the target holds.
     """
+    if not len(rows):
+        return rounded(coordinates, steps[levels][:, None]), rows.errors(all_rows(rows), coordinates, coordinates)
     reach = coordinates.abs().amax(dim=1) / (steps[levels] * LARGEST_CODE)
     coarser = (LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
     levels.sub_(coarser).clamp_(min=0)
