@@ -55,8 +55,8 @@ class RowErrors:
     @classmethod
     def of_no_rows(cls, device: torch.device) -> RowErrors:
         """Give the errors of no rows."""
-        wide = {"dtype": torch.float64, "device": device}
-        three, one = torch.empty(0, 3, **wide), torch.empty(0, **wide)
+        three = torch.empty(0, 3, dtype=torch.float64, device=device)
+        one = three[:, 0]
         return cls(three, three.clone(), three.clone(), one, one.float(), one.float())
 
     @classmethod
