@@ -14,7 +14,7 @@ import numpy as np
 from kdcache.build.rate_control import Candidate, held_out_rows, made_rows, measure_codec
 from kdcache.codecs import Codec, SpectralCodec, fitted_codec
 from kdcache.codecs.head_logits import Logits, rows_of
-from kdcache.codecs.spectral_guard import NUM_LEVELS
+from kdcache.codecs.spectral.guard import NUM_LEVELS
 from kdcache.documents import CodecSpec, Codes, PlanDocument, Spectral
 from kdcache.errors import CodecError
 

@@ -132,7 +132,10 @@ class HeadLogits:
 
     def of_classes(self, index: Bool[Tensor, " class"]) -> HeadLogits:
         """Give the rows over some of their classes."""
-        return HeadLogits(self.hidden, self.head.classes(index))
+        last = self.head.prepared.get("classes")
+        if not (isinstance(last, tuple) and torch.equal(last[0], index)):
+            last = self.head.prepared["classes"] = (index, self.head.classes(index))
+        return HeadLogits(self.hidden, last[1])
 
     def is_floating_point(self) -> bool:
         """Say that logits are floating-point numbers, as a tensor says it."""

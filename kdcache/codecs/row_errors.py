@@ -53,6 +53,13 @@ class RowErrors:
             getattr(self, field.name)[rows] = getattr(others, field.name)
 
     @classmethod
+    def of_no_rows(cls, device: torch.device) -> RowErrors:
+        """Give the errors of no rows."""
+        three = torch.empty(0, 3, dtype=torch.float64, device=device)
+        one = three[:, 0]
+        return cls(three, three.clone(), three.clone(), one, one.float(), one.float())
+
+    @classmethod
     def concatenated(cls, parts: list[RowErrors]) -> RowErrors:
         """Join rows of several blocks."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
@@ -138,6 +145,7 @@ class ErrorSums:
         kl_margin: Tensor | None = None,
         error_rounding: float = 0.0,
         logit_rounding: float = 0.0,
+        logit_margin: float = 0.0,
     ) -> RowErrors:
         """Give what the sums come to, with room in bounds and range for what was rounded on the way into the tiles.
 
@@ -149,6 +157,8 @@ class ErrorSums:
             The same of the errors of likely classes, in the mean over which KL is made; as `error_margin` by default.
         error_rounding, logit_rounding : float
             What errors and logits may be off by besides, as shares of the row's largest.
+        logit_margin : float
+            What every logit may be off by besides.
         """
         sums = ErrorMoments.empty(len(self._top), self._num_classes, self._columns, self._top)
         quarters = sums.moments.new_tensor([4.0, 4.0, 16.0])
@@ -170,15 +180,17 @@ class ErrorSums:
         rounding = rounding + error_rounding * largest_error
         margin = rounding if error_margin is None else rounding + error_margin.double()
         mean_margin = margin if kl_margin is None else rounding + kl_margin.double()
-        logit_margin = logit_rounding * largest_logit
+        off = logit_rounding * largest_logit + logit_margin
         near = (highest[0].double()[:, None] - _NEGLIGIBLE * temperatures).abs()
         likely_logit = torch.minimum(torch.maximum(highest[0].double().abs()[:, None], near), largest_logit[:, None])
         return RowErrors(
             kl=divergences,
             kl_ceiling=_ceiling(
-                divergences, logit_rounding * likely_logit / temperatures, mean_margin[:, None] / temperatures
+                divergences,
+                (logit_rounding * likely_logit + logit_margin) / temperatures,
+                mean_margin[:, None] / temperatures,
             ),
-            scaled_bounds=sums.scaled_bounds(error_margin=margin, logit_margin=logit_margin),
+            scaled_bounds=sums.scaled_bounds(error_margin=margin, logit_margin=off),
             error_range=sums.error_range() + 2 * margin,
             lowest_logit=lowest[0],
             highest_logit=highest[0],

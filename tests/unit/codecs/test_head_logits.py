@@ -204,3 +204,64 @@ def test_a_head_fits_the_same_fidelity_as_its_logits():
 
 def test_spectral_is_the_codec_that_measures_itself():
     assert isinstance(fitted(Spectral(max_kl=0.01), hidden(64) @ head(40).weight.T).codec, SpectralCodec)
+
+
+def held(decoder, rows):
+    """The largest and the mean KL of rows of hidden states that were encoded and decoded."""
+    divergence = measure(rows[:], decoder.decode(decoder.encode_measured(rows)[0]), HELD)
+    return float(divergence.amax()), float(divergence.mean(dim=0).amax())
+
+
+def test_finer_hidden_states_than_the_head_keep_their_precision():
+    the_head = head(WIDE, dtype=torch.bfloat16)
+    decoder = fitted(Spectral(max_kl=0.02), HeadLogits(hidden(200), the_head))
+    largest, mean = held(decoder, HeadLogits(3 * hidden(200, seed=1), the_head))
+    assert largest <= 0.04
+    assert mean <= 0.02
+
+
+def test_products_in_bfloat16_are_measured_as_they_are_read():
+    the_head = head(WIDE)
+    decoder = fitted(Spectral(max_kl=0.02, precision="bfloat16"), HeadLogits(hidden(200), the_head))
+    largest, mean = held(decoder, HeadLogits(hidden(100, seed=1), the_head))
+    assert largest <= 0.04
+    assert mean <= 0.02
+
+
+def test_a_class_far_above_the_likely_ones_is_measured():
+    """The pilot never sees the last classes; a row in which one of them leads by more than float32 can exponentiate."""
+    the_head = head(WIDE)
+    the_head.weight[-1] = 0
+    the_head.weight[-1, 3] = 900.0
+    states = hidden(200)
+    states[:, 3] = -states[:, 3].abs()
+    decoder = fitted(Spectral(max_kl=0.02), HeadLogits(states, the_head))
+    rows = hidden(60, seed=2)
+    rows[:, 3] = rows[:, 3].abs()
+    largest, _ = held(decoder, HeadLogits(rows, the_head))
+    assert largest <= 0.04
+
+
+def test_another_basis_is_not_taken_for_the_last_one():
+    the_head = head(WIDE)
+    pilot = HeadLogits(hidden(200), the_head)
+    first, second = (fitted(Spectral(max_kl=0.02, rank=rank), pilot) for rank in (None, 24))
+    for decoder in (first, second, first):
+        largest, _ = held(decoder, HeadLogits(hidden(50, seed=1), the_head))
+        assert largest <= 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_heads_of_other_types_serve(dtype):
+    the_head = head(WIDE, dtype=dtype, bias=True)
+    decoder = fitted(Spectral(max_kl=0.02), HeadLogits(hidden(200, dtype=dtype), the_head))
+    largest, mean = held(decoder, HeadLogits(hidden(100, seed=1, dtype=dtype), the_head))
+    assert largest <= 0.04
+    assert mean <= 0.02
+
+
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_any_number_of_rows_is_coded(wide, num_rows):
+    the_head, decoder = wide
+    codes, errors = decoder.encode_measured(HeadLogits(hidden(num_rows, dtype=the_head.weight.dtype), the_head))
+    assert len(codes) == len(errors.kl) == num_rows

@@ -5,7 +5,7 @@ import torch
 
 from kdcache.codecs import Decoder, fitted_codec, measure, parameters_to
 from kdcache.codecs.rounding import coarsest_dtype, rounding_noise
-from kdcache.codecs.spectral_fit import fit_basis
+from kdcache.codecs.spectral.fit import fit_basis
 from kdcache.documents import Spectral
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]

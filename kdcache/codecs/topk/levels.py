@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Shaped
 from torch import Tensor
 
-from kdcache.codecs.columns import LARGEST_CODE
+from kdcache.codecs.topk.columns import LARGEST_CODE
 
 _LAST_CODE = LARGEST_CODE - 1
 _WIDENING = 8.0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdcache.codecs.sampling import inclusion_probabilities, systematic_sample, thresholds, uniforms
+from kdcache.codecs.topk.sampling import inclusion_probabilities, systematic_sample, thresholds, uniforms
 
 INFINITE = float("inf")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.row_errors import RowErrors
-from kdcache.codecs.spectral_fit import Basis, fit_basis, masked_classes
-from kdcache.codecs.spectral_guard import (
+from kdcache.codecs.spectral.fit import Basis, fit_basis, masked_classes
+from kdcache.codecs.spectral.guard import (
     LARGEST_CODE,
     LEVELS_PER_OCTAVE,
     NUM_LEVELS,
@@ -26,7 +26,7 @@ from kdcache.codecs.spectral_guard import (
     refuse_far,
     rounded,
 )
-from kdcache.codecs.spectral_rows import (
+from kdcache.codecs.spectral.rows import (
     HeadRows,
     MadeRows,
     PreparedHead,
@@ -257,7 +257,7 @@ class SpectralCodec:
         return {**parameters, "basis": parameters["basis"].to(dtype)}
 
     def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add what encoding needs besides; see `kdcache.codecs.spectral_rows.encoding_parameters`."""
+        """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`."""
         if "projection" in parameters:
             return dict(parameters)
         prepared = self.prepare(parameters)
@@ -450,11 +450,9 @@ class SpectralCodec:
         """Choose the way in: hidden states as they are where they serve, rows of logits else."""
         smallest = self.max_kl or _DEFAULT_MAX_KL
         if isinstance(logits, HeadLogits):
-            key = (id(parameters["projection"]), logits.device)
-            if key not in logits.head.prepared:
-                logits.head.prepared[key] = PreparedHead.of(logits.head, parameters)
-            prepared = logits.head.prepared[key]
-            if isinstance(prepared, PreparedHead) and HeadRows.can_measure(prepared, smallest=smallest):
+            # rounded products of `precision` are to be measured as readers make them
+            prepared = PreparedHead.kept(logits.head, parameters) if self.spec.precision == "float32" else None
+            if prepared is not None and HeadRows.can_measure(prepared, smallest=smallest):
                 return HeadRows(logits, prepared, parameters)
             logits = logits[:]
         return MadeRows(logits, parameters, smallest)

@@ -23,16 +23,16 @@ from kdcache.codecs.base import (
     row_blocks,
 )
 from kdcache.codecs.certificate import measure
-from kdcache.codecs.columns import LARGEST_CODE, Columns
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.guard import refuse_beyond_target
-from kdcache.codecs.levels import Levels
-from kdcache.codecs.sampling import inclusion_probabilities
-from kdcache.codecs.selection import gaps_to_maximum, largest, last_finite, refuse_other_masks
-from kdcache.codecs.tail import HIGHEST_BETA, LogPartition, separated, without
-from kdcache.codecs.topk_encoder import Encoder
-from kdcache.codecs.topk_format import EMPTY, FAR_CODES, NODE_STEP, THRESHOLD_STEP, columns_of, ranks, signed
-from kdcache.codecs.topk_pilot import PilotSums
+from kdcache.codecs.topk.columns import LARGEST_CODE, Columns
+from kdcache.codecs.topk.encoder import Encoder
+from kdcache.codecs.topk.format import EMPTY, FAR_CODES, NODE_STEP, THRESHOLD_STEP, columns_of, ranks, signed
+from kdcache.codecs.topk.levels import Levels
+from kdcache.codecs.topk.pilot import PilotSums
+from kdcache.codecs.topk.sampling import inclusion_probabilities
+from kdcache.codecs.topk.selection import gaps_to_maximum, largest, last_finite, refuse_other_masks
+from kdcache.codecs.topk.tail import HIGHEST_BETA, LogPartition, separated, without
 from kdcache.documents.codec_specs import TopK
 from kdcache.errors import CodecError
 

@@ -256,3 +256,7 @@ def test_a_pilot_of_hugely_negative_logits_is_refused_with_a_remedy():
     pilot = torch.where(torch.rand(64, 40, generator=torch.Generator().manual_seed(0)) < 0.1, -3e38, 1.0)
     with pytest.raises(CodecError, match="Codes"):
         fitted_codec(Spectral(max_kl=0.01), 40, pilot)
+
+
+def test_no_rows_give_no_codes():
+    assert fitted(Spectral(max_kl=0.01), PILOT).encode(LATER[:0]).shape == (0, 13)

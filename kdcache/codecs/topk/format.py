@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kdcache.codecs.columns import LARGEST_CODE, Columns
+from kdcache.codecs.topk.columns import LARGEST_CODE, Columns
 from kdcache.documents.codec_specs import TopK
 
 EMPTY = LARGEST_CODE

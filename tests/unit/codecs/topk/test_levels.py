@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdcache.codecs.levels import Levels
+from kdcache.codecs.topk.levels import Levels
 
 STEPS = [2.0**-6, 0.1, 0.125, 1.0]
 

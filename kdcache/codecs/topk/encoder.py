@@ -11,11 +11,7 @@ import torch
 from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
-from kdcache.codecs.levels import Levels
-from kdcache.codecs.sampling import inclusion_probabilities, systematic_sample, thresholds, uniforms
-from kdcache.codecs.selection import largest
-from kdcache.codecs.tail import LogPartition, separated, without
-from kdcache.codecs.topk_format import (
+from kdcache.codecs.topk.format import (
     EMPTY,
     FAR_CODES,
     LARGEST_SIGNED,
@@ -25,6 +21,10 @@ from kdcache.codecs.topk_format import (
     deltas,
     zigzag,
 )
+from kdcache.codecs.topk.levels import Levels
+from kdcache.codecs.topk.sampling import inclusion_probabilities, systematic_sample, thresholds, uniforms
+from kdcache.codecs.topk.selection import largest
+from kdcache.codecs.topk.tail import LogPartition, separated, without
 from kdcache.documents.codec_specs import TopK
 
 _THRESHOLD_SLACK = 2.0**-10  # of a step: more than sums in float32 are off, so that no row draws too many

@@ -31,7 +31,7 @@ from kdcache.codecs.certificate import error_range, measure
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import Head, HeadLogits
 from kdcache.codecs.row_errors import TILE_ROWS, ErrorSums, RowErrors
-from kdcache.codecs.spectral_fit import projection_of
+from kdcache.codecs.spectral.fit import projection_of
 
 PRECISE_CLASSES = 4096
 """Rows of at most so many classes are measured in float64: it costs little there."""
@@ -127,7 +127,7 @@ class MadeRows:
     def coordinates(self) -> Float64[Tensor, "row component"]:
         """Project the centred rows, in the metric of the weights, onto the basis."""
         inner = [self._inner(self.logits[block]) for block in _row_blocks(len(self.logits))]
-        return torch.cat(inner) @ self.parameters["projection"]
+        return (torch.cat(inner) if inner else self._inner(self.logits)) @ self.parameters["projection"]
 
     def felt(self) -> Float32[Tensor, " row"]:
         """Compare rows over the likely classes."""
@@ -141,7 +141,9 @@ class MadeRows:
         kernel = self._quick if wide and self.smallest >= SMALLEST_QUICK_KL else self._precise
         # a slice where it serves: picking rows copies their logits
         index = (lambda block: block) if len(rows) == len(self) else (lambda block: rows[block])
-        return _in_blocks(lambda block: kernel(self.logits[index(block)], quantised[block], steps[block]), len(rows))
+        return _in_blocks(
+            lambda block: kernel(self.logits[index(block)], quantised[block], steps[block]), len(rows), self.device
+        )
 
     def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Give `errors`, which are exact."""
@@ -202,6 +204,10 @@ class PreparedHead:
         The basis in the precision of the products that measure.
     longest : float
         Largest length of a class's column of the basis.
+    largest_bias : float
+        Largest magnitude of the head's bias.
+    projection : Tensor [component, component]
+        Of the parameters that all this was derived from.
     outside : float
         The head's part outside the span of the basis, as a share of it: about 1e-4, the rounding of a float16 basis,
         unless the rank was cut.
@@ -213,7 +219,18 @@ class PreparedHead:
     origin: Float64[Tensor, " component"]
     noise_basis: Float[Tensor, "component class"]
     longest: float
+    largest_bias: float
+    projection: Float64[Tensor, "component component"]
     outside: float
+
+    @classmethod
+    def kept(cls, head: Head, parameters: Mapping[str, Tensor]) -> PreparedHead:
+        """Give what was derived last, if it was from these parameters, or derive it and keep it with the head."""
+        last = head.prepared.get(cls)
+        if isinstance(last, cls) and last.projection is parameters["projection"]:
+            return last
+        prepared = head.prepared[cls] = cls.of(head, parameters)
+        return prepared
 
     @classmethod
     def of(cls, head: Head, parameters: Mapping[str, Tensor]) -> PreparedHead:
@@ -245,6 +262,8 @@ class PreparedHead:
             origin=origin,
             noise_basis=basis.to(_noise_dtype(head.weight)),
             longest=longest,
+            largest_bias=0.0 if head.bias is None else float(head.bias.abs().amax()),
+            projection=parameters["projection"],
             outside=(left / max(whole, 1e-300)) ** 0.5,
         )
 
@@ -295,20 +314,35 @@ class HeadRows:
 
     def errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Multiply the quantisation noise with the basis, and the hidden states with the head, tile by tile."""
-        dtype = self.prepared.head.weight.dtype
-        return _in_blocks(
-            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block], dtype), len(rows)
-        )
+        return self._measured(rows, quantised, steps, self._dtype, self.prepared.noise_basis)
 
     def exact_errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
-        """Give `errors` with logits made in float32."""
-        return _in_blocks(
-            lambda block: self._errors(self.made.hidden[rows[block]], quantised[block], steps[block], torch.float32),
-            len(rows),
-        )
+        """Give `errors` with logits in float32; where the head makes such anyway, with the noise in float32."""
+        is_wide = self._dtype not in {torch.bfloat16, torch.float16}
+        basis = self.parameters["basis"] if is_wide else self.prepared.noise_basis
+        return self._measured(rows, quantised, steps, torch.float32, basis)
 
-    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor, dtype: torch.dtype) -> RowErrors:
-        prepared, basis = self.prepared, self.prepared.noise_basis
+    def _measured(self, rows: Tensor, quantised: Tensor, steps: Tensor, dtype: torch.dtype, basis: Tensor) -> RowErrors:
+        hidden = self.made.hidden
+        found = _in_blocks(
+            lambda block: self._errors(hidden[rows[block]], quantised[block], steps[block], dtype, basis),
+            len(rows),
+            self.device,
+        )
+        lost = found.kl.isfinite().all(dim=1).logical_not().nonzero()[:, 0]
+        for block in _row_blocks(len(lost)):  # whose largest logit is far above that of the likely classes
+            some = lost[block]
+            made = MadeRows(self.made[rows[some]], self.parameters, smallest=SMALLEST_QUICK_KL)
+            found.put(some, made.errors(all_rows(made), quantised[some], steps[some]))
+        return found
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the product with the head: the head's own, unless the hidden states are finer."""
+        return torch.promote_types(self.made.hidden.dtype, self.prepared.head.weight.dtype)
+
+    def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor, dtype: torch.dtype, basis: Tensor) -> RowErrors:
+        prepared = self.prepared
         noise = quantised * steps.double() - (hidden.double() @ prepared.turn + prepared.origin)
         quarter_noise = (noise / 4).to(basis.dtype)
         quarter_hidden = hidden.to(dtype) / 4
@@ -328,10 +362,11 @@ class HeadRows:
             kl_margin=4 * deviation * noise.square().mean(dim=1).sqrt() + outside,
             error_rounding=unit,
             logit_rounding=_UNIT_ROUNDINGS[dtype],
+            logit_margin=_UNIT_ROUNDINGS[dtype] * prepared.largest_bias,
         )
 
     def _likely_logits(self, hidden: Tensor) -> Tensor:
-        return self.prepared.likely.logits(hidden, self.prepared.likely.weight.dtype)
+        return self.prepared.likely.logits(hidden, self._dtype)
 
 
 def decoded_product(
@@ -361,13 +396,14 @@ def _row_blocks(num_rows: int) -> Iterator[slice]:
     return row_blocks(num_rows, 1, max_elements=TILE_ROWS)
 
 
-def _in_blocks(measured: Callable[[slice], RowErrors], num_rows: int) -> RowErrors:
-    return RowErrors.concatenated([measured(block) for block in _row_blocks(num_rows)])
+def _in_blocks(measured: Callable[[slice], RowErrors], num_rows: int, device: torch.device) -> RowErrors:
+    blocks = [measured(block) for block in _row_blocks(num_rows)]
+    return RowErrors.concatenated(blocks) if blocks else RowErrors.of_no_rows(device)
 
 
 def _quarter_logits(quarter_hidden: Tensor, head: Head) -> Tensor:
     product = quarter_hidden @ head.weight.to(quarter_hidden.dtype).T
-    return product if head.bias is None else product + (head.bias / 4).to(product.dtype)
+    return product if head.bias is None else product.to(torch.float32).add_(head.bias.to(torch.float32) / 4)
 
 
 def _columns_of(head: Head, middle: Tensor, block: slice) -> Float32[Tensor, "hidden class"]:

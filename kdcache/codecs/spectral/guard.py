@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.codecs.row_errors import RowErrors
-from kdcache.codecs.spectral_rows import SpectralRows, all_rows
+from kdcache.codecs.spectral.rows import SpectralRows, all_rows
 from kdcache.errors import CodecError
 
 NUM_LEVELS = 96
@@ -62,6 +62,8 @@ def guarded(
     CodecError
         A row cannot be coded so that the target holds.
     """
+    if not len(rows):
+        return rounded(coordinates, steps[levels][:, None]), rows.errors(all_rows(rows), coordinates, coordinates)
     reach = coordinates.abs().amax(dim=1) / (steps[levels] * LARGEST_CODE)
     coarser = (LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
     levels.sub_(coarser).clamp_(min=0)

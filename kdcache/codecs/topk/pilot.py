@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from kdcache.codecs.tail import Tail, without
+from kdcache.codecs.topk.tail import Tail, without
 from kdcache.errors import CodecError
 
 _SHAPE_TEMPERATURE = 4.0
