@@ -34,7 +34,6 @@ LARGEST_CODE = 32766
 """Largest magnitude of a code: its zigzag stays below the fill code."""
 
 _ROUNDS = 24
-_ROUNDED_UP = 0.47
 _MARGIN = 1.1  # KL falls by a half in two levels on average: rows that fall less would be coded a third time
 
 
@@ -106,13 +105,8 @@ def mean_after_guard(errors: RowErrors, target: float) -> Float64[Tensor, ""]:
 def rounded(
     coordinates: Float[Tensor, "row component"], steps: Float[Tensor, "row 1"]
 ) -> Int32[Tensor, "row component"]:
-    """Quantise, rounding up from 0.53 on; what lies beyond the largest code becomes it, which the guard then finds out.
-
-    Codes a little smaller than the nearest cost fewer bits than the finer step that makes up for them.
-    """
-    scaled = coordinates / steps
-    magnitudes = (scaled.abs() + _ROUNDED_UP).floor_().clamp_(max=LARGEST_CODE)
-    return magnitudes.copysign_(scaled).to(torch.int32)
+    """Quantise; what lies beyond the largest code becomes it, which the guard then finds out."""
+    return (coordinates / steps).round().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
 
 
 def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
