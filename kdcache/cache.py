@@ -16,6 +16,7 @@ from torch import Tensor
 from kdcache.certificate import Certificate, certificate_of
 from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.codecs.base import checked_temperature
+from kdcache.codecs.guard import guarded_kl
 from kdcache.documents import (
     CacheDocument,
     CertificateDocument,
@@ -293,8 +294,9 @@ class SoftTargetCache:
         """
         self._refuse_incomplete("certified")
         divisor = checked_temperature(temperature)
-        certificates = [self.certificates[name] for name in self._chosen(teachers)]
-        return certificate_of(certificates, divisor)
+        names = self._chosen(teachers)
+        targets = [guarded_kl(self.teachers[name].codec) for name in names]
+        return certificate_of([self.certificates[name] for name in names], divisor, targets=targets)
 
     @property
     def certificates(self) -> dict[str, CertificateDocument]:

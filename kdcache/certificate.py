@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from kdcache.codecs import kl_bound, total_variation_bound
+from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.documents import CertificateDocument, Histogram, merged_bounds
 
 _BOUNDS = ("bound_mean", "bound_p99", "kl_bound", "kl_bound_of_means", "total_variation_bound")
@@ -32,8 +34,11 @@ class Certificate:
     - of the tempered-arithmetic mean, whose errors have a range up to 2 R: 4 `kl_bound_of_means`, and a total variation
       of tanh(R / (2 temperature)), which is below 2 `total_variation_bound`.
 
-    Where what a codec decodes depends on the temperature, as with `TopK`, there are only measurements: all bounds are
-    None. With its tail "samples", whose weights are no distribution, KL is that of the kept classes and one class made
+    At temperatures 1, 2 and 4, rows that were guarded by a target (`max_kl`) have a mean KL of at most the target, and
+    none above twice of it: `bound_mean`, `bound_p99` and `kl_bound` say so where it is the closer bound.
+
+    Where what a codec decodes depends on the temperature, as with `TopK`, there are only measurements and what its
+    target promises: all other bounds are None. With its tail "samples", whose weights are no distribution, KL is that of the kept classes and one class made
     of all others.
 
     Parameters
@@ -70,7 +75,9 @@ class Certificate:
     total_variation_bound: float | None
 
 
-def certificate_of(certificates: Sequence[CertificateDocument], temperature: float) -> Certificate:
+def certificate_of(
+    certificates: Sequence[CertificateDocument], temperature: float, *, targets: Sequence[float | None] = (None,)
+) -> Certificate:
     """Sum up the certificates of some teachers at one temperature.
 
     Parameters
@@ -79,13 +86,25 @@ def certificate_of(certificates: Sequence[CertificateDocument], temperature: flo
         One at least.
     temperature : float
         Finite, above 0.
+    targets : sequence of float or None [teacher]
+        The `max_kl` in nats that each teacher's rows were guarded with while they were encoded; None without a guard.
     """
+    bounded = _bounded(certificates, temperature)
+    held = [target for target in targets if target is not None]
+    if temperature in TEMPERATURES and len(held) == len(targets):
+        target = max(held)
+        limits = {"bound_mean": target, "bound_p99": GUARD_FACTOR * target, "kl_bound": GUARD_FACTOR * target}
+        bounded |= {name: _smaller(bounded[name], limit) for name, limit in limits.items()}
     return Certificate(
         temperature=temperature,
         num_measured_rows=sum(item.num_measured_rows for item in certificates),
         **_measured(certificates, temperature),
-        **_bounded(certificates, temperature),
+        **bounded,
     )
+
+
+def _smaller(bound: float | None, limit: float) -> float:
+    return limit if bound is None else min(bound, limit)
 
 
 def _measured(certificates: Sequence[CertificateDocument], temperature: float) -> dict[str, float | None]:

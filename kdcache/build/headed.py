@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TeacherWithHead"]
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,9 +95,15 @@ class TeacherWithHead(nn.Module):
         output = self.body(*args, **inputs)
         if isinstance(output, Tensor):
             return output
-        states = output["last_hidden_state"] if isinstance(output, dict) else output.last_hidden_state
+        states = getattr(output, "last_hidden_state", None)
+        if states is None and isinstance(output, Mapping):
+            states = output.get("last_hidden_state")
         if not isinstance(states, Tensor):
-            raise JobError(f"the body gave a {type(states).__qualname__} as last_hidden_state; a tensor is needed")
+            raise JobError(
+                f"the body of a TeacherWithHead gave a {type(output).__qualname__} without last_hidden_state; a tensor "
+                "of hidden states is needed, or an object or mapping with that. A language model of transformers is "
+                "taken apart by TeacherWithHead.from_transformers(model)"
+            )
         return states
 
     def forward(self, *args: Any, **inputs: Any) -> Float[Tensor, "*batch class"]:

@@ -123,6 +123,13 @@ class BatchLogits:
         for key in keys:
             yield self._kept[key] if key in self._kept else self._checked(key, self._logits(key, next(loaded)))
 
+    def name_row(self, shard_index: int, row: int) -> str:
+        """Say which example a row of a shard is of."""
+        row_map = self._inputs.row_map
+        view_index, first, _ = row_map.shard_rows(shard_index)
+        index = row_map.example_at(first + row)
+        return f"example {self._inputs.transfer_set.example_id(index)!r} (position {index}, view {view_index})"
+
     def _logits(self, key: BatchKey, inputs: Any) -> Tensor:
         try:
             return self._run(inputs)

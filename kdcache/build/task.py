@@ -8,10 +8,12 @@ from __future__ import annotations
 
 __all__ = ["Destination", "certify", "certify_codes", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
 
+import functools
 import hashlib
 import os
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +82,8 @@ def run_tasks(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-encode") as pool:
         try:
             for shard_index, logits in shard_logits(batches, row_map, shard_indices):
-                waiting.append(pool.submit(publish_shard, destination, shard_index, logits))
+                name_row = functools.partial(batches.name_row, shard_index)
+                waiting.append(pool.submit(publish_shard, destination, shard_index, logits, name_row))
                 while len(waiting) > num_threads or (waiting and waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
@@ -91,7 +94,9 @@ def run_tasks(
 
 
 @torch.inference_mode()
-def publish_shard(destination: Destination, shard_index: int, logits: Logits) -> Record:
+def publish_shard(
+    destination: Destination, shard_index: int, logits: Logits, name_row: Callable[[int], str] | None = None
+) -> Record:
     """Encode one shard, measure it, publish it first-writer-wins, then publish its record.
 
     Parameters
@@ -100,6 +105,8 @@ def publish_shard(destination: Destination, shard_index: int, logits: Logits) ->
     shard_index : int
     logits : Tensor [row, class] or HeadLogits
         All rows of the shard, without padding; on any device.
+    name_row : callable (row of the shard) -> str, optional
+        Says which example a row is of, for messages.
 
     Raises
     ------
@@ -109,7 +116,7 @@ def publish_shard(destination: Destination, shard_index: int, logits: Logits) ->
         A shard without a record stands there that does not belong to this teacher.
     """
     decoder = destination.decoder.to(logits.device)
-    codes, errors = _encoded(destination, decoder, shard_index, logits)
+    codes, errors = _encoded(destination, decoder, shard_index, logits, name_row)
     certificate = certify_codes(decoder, logits, codes, errors)
     array = codes.cpu().numpy()
     published = destination.store.publish_shard(destination.teacher, destination.cache, shard_index, array)
@@ -130,18 +137,25 @@ def publish_shard(destination: Destination, shard_index: int, logits: Logits) ->
 
 
 def _encoded(
-    destination: Destination, decoder: Decoder, shard_index: int, logits: Logits
+    destination: Destination,
+    decoder: Decoder,
+    shard_index: int,
+    logits: Logits,
+    name_row: Callable[[int], str] | None,
 ) -> tuple[Tensor, RowErrors | None]:
-    """Encode a shard's rows; a refusal says where its row numbers count from, and what is kept."""
+    """Encode a shard's rows; a refusal says which example it is about, and what is kept."""
     try:
         return decoder.encode_measured(logits)
     except CodecError as error:
-        view_index, block = divmod(shard_index, destination.cache.shards_per_view)
+        named = _ROW.search(str(error))
+        about = f" Row {named[1]} is of {name_row(int(named[1]))}." if named and name_row else ""
         raise CodecError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} cannot be "
-            f"encoded. {error} Row numbers count from row {block * destination.cache.shard_rows} of view {view_index}; "
-            "shards that are published are kept"
+            f"encoded. {error}{about} Rows count from the shard's first; shards that are published are kept"
         ) from error
+
+
+_ROW = re.compile(r"\bRow (\d+)\b")
 
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:

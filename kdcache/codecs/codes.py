@@ -425,7 +425,7 @@ class CodesCodec:
                 f"Row {first_row + worst} spans {float(widest_gaps[worst]):.6g} logits, from class "
                 f"{int(logits[worst].argmax())} down to class {lowest}; {self._reach(limit)} If the teacher masks "
                 "classes with a large negative logit, give -inf instead, which is kept exactly and costs nothing; "
-                f"otherwise use {self._finer}Lossless(). Nothing was encoded."
+                f"otherwise use {self._finer}Lossless(). None of these rows was encoded."
             )
 
     def _reach(self, limit: float) -> str:

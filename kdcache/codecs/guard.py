@@ -6,16 +6,33 @@ follows from the row's range, and topk keeps equally many classes of every row.
 
 from __future__ import annotations
 
-__all__ = ["GUARD_FACTOR", "refuse_beyond_target"]
+__all__ = ["DEFAULT_MAX_KL", "GUARD_FACTOR", "guarded_kl", "refuse_beyond_target"]
 
 from jaxtyping import Float64
 from torch import Tensor
 
 from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.documents.codec_specs import CodecSpec, Codes, Spectral, TopK
 from kdcache.errors import CodecError
 
 GUARD_FACTOR = 2.0
 """No row's KL may exceed the target by more than this factor; their mean may not exceed it at all."""
+
+
+DEFAULT_MAX_KL = 0.01
+"""Target of a `Spectral` that names neither a target nor a step, in nats."""
+
+
+def guarded_kl(spec: CodecSpec) -> float | None:
+    """Give the target in nats that a codec guards every row with; None where it guards none.
+
+    Sampled tails are none: the KL that is guarded for them leaves out how the tail is shared out.
+    """
+    if isinstance(spec, Spectral):
+        return None if spec.step is not None else spec.max_kl or DEFAULT_MAX_KL
+    if isinstance(spec, TopK) and spec.tail == "samples":
+        return None
+    return spec.max_kl if isinstance(spec, Codes | TopK) else None
 
 
 def refuse_beyond_target(measured: Float64[Tensor, "row temperature"], target: float, *, remedy: str) -> None:
@@ -50,7 +67,6 @@ def refuse_beyond_target(measured: Float64[Tensor, "row temperature"], target: f
             f"{TEMPERATURES[int(warmest)]:g}, above max_kl={target:g}"
         )
     raise CodecError(
-        f"{told}. The codec was chosen or asked for on a pilot without such rows, and has no finer code for a single "
-        f"row. At a new address, {remedy}, take a larger pilot (num_pilot_rows), or a larger max_kl. Nothing was "
-        "encoded."
+        f"{told}. The codec has no finer code for a single row. At a new address, {remedy}, or take a larger max_kl; "
+        "where it was chosen for a target, a pilot that holds such rows (num_pilot_rows) chooses another"
     )

@@ -221,5 +221,5 @@ def _refusal(logits: Tensor, dtype: str) -> str:
     )
     return (
         f'Lossless(dtype="{dtype}") cannot hold these {str(logits.dtype).removeprefix("torch.")} logits exactly. '
-        f"{remedy}, or use Codes(), whose error is bounded. Nothing was encoded."
+        f"{remedy}, or use Codes(), whose error is bounded. None of these rows was encoded."
     )

@@ -39,7 +39,7 @@ class TransferSet:
         show when the dataset's order has changed.
     labels : sequence of int [example], optional
         Class indices. Without them, and without `label_key`, the second item of a tuple counts if it is an integer.
-    num_rows : sequence of int [example], optional
+    num_rows : sequence of int [example], or int, optional
         Rows an example has: the positions of a sequence. One each by default.
     input_key, label_key, id_key : str or int, optional
         Which item of a tuple or mapping is meant.
@@ -73,7 +73,7 @@ class TransferSet:
         *,
         example_ids: Iterable[int | str] | None = None,
         labels: Iterable[int] | None = None,
-        num_rows: Iterable[int] | None = None,
+        num_rows: Iterable[int] | int | None = None,
         input_key: str | int | None = None,
         label_key: str | int | None = None,
         id_key: str | int | None = None,
@@ -311,10 +311,10 @@ def _as_labels(values: Iterable[Any], count: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _as_row_counts(values: Iterable[int] | None, count: int) -> np.ndarray:
+def _as_row_counts(values: Iterable[int] | int | None, count: int) -> np.ndarray:
     if values is None:
         return np.ones(count, np.int32)
-    array = np.asarray(list(values))
+    array = np.full(count, values) if isinstance(values, int) else np.asarray(list(values))
     _check_count("num_rows", len(array), count)
     if array.dtype.kind not in "iu" or array.min() < 1 or array.max() >= 2**31:
         raise TransferSetError("num_rows must be integers of at least 1, one for each example")

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Float32, Shaped, UInt16
 from torch import Tensor
 
 from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
+from kdcache.codecs.guard import DEFAULT_MAX_KL, guarded_kl
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.row_errors import RowErrors
 from kdcache.codecs.spectral.fit import Basis, fit_basis, masked_classes
@@ -41,7 +42,6 @@ from kdcache.errors import CodecError
 _ADAPTATION = 0.25  # of log2(KL) in log2(step): halfway between one step for all rows and one KL for all rows
 _AIM = 0.97  # of the target: so that the mean over a block, which varies, rarely asks for finer rows
 _STEP_ROUNDS = 6
-_DEFAULT_MAX_KL = 0.01
 _MAX_HELD_OUT_ROWS = 512
 _LEAST_PILOT_ROWS = 8
 _MOST_LOGIT = 1e37
@@ -177,7 +177,7 @@ class SpectralCodec:
     @property
     def max_kl(self) -> float | None:
         """The target in nats; None with a fixed step."""
-        return None if self.spec.step is not None else self.spec.max_kl or _DEFAULT_MAX_KL
+        return guarded_kl(self.spec)
 
     @property
     def num_columns(self) -> int:
@@ -419,7 +419,7 @@ class SpectralCodec:
 
     def _fitted_step(self, held_out: Logits, parameters: Mapping[str, Tensor], spread: float) -> float:
         """Find the step with which the guard, once it has refined the worst rows, leaves the mean just met."""
-        target, step = self.max_kl or _DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
+        target, step = self.max_kl or DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
         opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
         rows = self._rows(opened, kept)
         coordinates, levels = rows.coordinates(), self._levels(rows, kept)
@@ -442,13 +442,13 @@ class SpectralCodec:
         if bool(wrong.any()):
             raise CodecError(
                 f"Row {int(wrong.nonzero()[0])} masks other classes (-inf) than the pilot did, and the spectral codec "
-                "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. Nothing was encoded."
+                "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. None of these rows was encoded."
             )
         return logits[:, ~masked], kept
 
     def _rows(self, logits: Logits, parameters: Mapping[str, Tensor]) -> SpectralRows:
         """Choose the way in: hidden states as they are where they serve, rows of logits else."""
-        smallest = self.max_kl or _DEFAULT_MAX_KL
+        smallest = self.max_kl or DEFAULT_MAX_KL
         if isinstance(logits, HeadLogits):
             # rounded products of `precision` are to be measured as readers make them
             prepared = PreparedHead.kept(logits.head, parameters) if self.spec.precision == "float32" else None
@@ -497,5 +497,5 @@ def _check_values(logits: Logits) -> None:
         raise CodecError(
             f"Row {block.start + int(finite.logical_not().nonzero()[0])} masks (-inf) a class that other rows do not, "
             "and the spectral codec keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. "
-            "Nothing was encoded."
+            "None of these rows was encoded."
         )

@@ -88,7 +88,7 @@ def guarded(
         f"Row {worst} cannot be coded with max_kl={target:g}: at level {int(levels[worst])} of {NUM_LEVELS - 1} its KL "
         f"is still {float(errors.kl_ceiling[worst].amax()):.3g}. It lies outside the {coordinates.shape[1]} components "
         "that the pilot showed, or too far along them. At a new address, use a larger pilot (num_pilot_rows) or rank, "
-        "a larger max_kl, or Codes(). Nothing was encoded."
+        "a larger max_kl, or Codes(). None of these rows was encoded."
     )
 
 
@@ -121,7 +121,7 @@ def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
     if bool(far.any()):
         raise CodecError(
             f"Row {int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "
-            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). Nothing was encoded."
+            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). None of these rows was encoded."
         )
 
 

@@ -70,7 +70,7 @@ def refuse_other_masks(
         raise CodecError(
             f"Row {first_row + row}: class {index} is {now}masked, and is masked in {before} row of the pilot. Class "
             'means hold masks that are the same in every row. Use TopK(tail="samples") or Lossless(), which keep masks '
-            "that change from row to row. Nothing was encoded."
+            "that change from row to row. None of these rows was encoded."
         )
 
 

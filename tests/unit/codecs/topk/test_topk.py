@@ -238,7 +238,7 @@ def test_a_row_that_masks_another_class_is_refused_by_class_means_with_its_remed
     logits[5, 7] = MASKED
     message = (
         r"Row 5: class 7 is masked, and is masked in not every row of the pilot.*"
-        r'TopK\(tail="samples"\) or Lossless\(\).*Nothing was encoded'
+        r'TopK\(tail="samples"\) or Lossless\(\).*None of these rows was encoded'
     )
     with pytest.raises(CodecError, match=message):
         codec.encode(logits, parameters)
