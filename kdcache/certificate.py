@@ -38,8 +38,8 @@ class Certificate:
     none above twice of it: `bound_mean`, `bound_p99` and `kl_bound` say so where it is the closer bound.
 
     Where what a codec decodes depends on the temperature, as with `TopK`, there are only measurements and what its
-    target promises: all other bounds are None. With its tail "samples", whose weights are no distribution, KL is that of the kept classes and one class made
-    of all others.
+    target promises: all other bounds are None. With its tail "samples", whose weights are no distribution, KL is that
+    of the kept classes and one class made of all others.
 
     Parameters
     ----------

@@ -442,7 +442,8 @@ class SpectralCodec:
         if bool(wrong.any()):
             raise CodecError(
                 f"Row {int(wrong.nonzero()[0])} masks other classes (-inf) than the pilot did, and the spectral codec "
-                "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. None of these rows was encoded."
+                "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. "
+                "None of these rows was encoded."
             )
         return logits[:, ~masked], kept
 

@@ -116,7 +116,8 @@ def _axes(metric: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     except RuntimeError as error:
         raise CodecError(
             f"The pilot's logits give no basis ({error}): they span more than float32 can tell apart. Classes that are "
-            "masked by a huge negative logit are to be -inf; or use Codes() or Lossless(). None of these rows was encoded."
+            "masked by a huge negative logit are to be -inf; or use Codes() or Lossless(). "
+            "None of these rows was encoded."
         ) from error
     return values, torch.linalg.solve_triangular(root.T, rotation.flip(1), upper=True).T
 

@@ -121,7 +121,8 @@ def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
     if bool(far.any()):
         raise CodecError(
             f"Row {int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "
-            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). None of these rows was encoded."
+            "from the pilot's rows. Use a larger step, a pilot that holds such rows, or Codes(). "
+            "None of these rows was encoded."
         )
 
 
