@@ -8,11 +8,12 @@ from __future__ import annotations
 
 __all__ = ["Head", "HeadLogits", "Logits", "concatenated", "on_device", "rows_of"]
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from kdcache.errors import ShapeError
@@ -48,6 +49,12 @@ class Head:
             )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ShapeError(f"The head has {len(self.weight)} classes and a bias of shape {tuple(self.bias.shape)}.")
+
+    @functools.cached_property
+    def means(self) -> tuple[Float64[Tensor, " component"], Float64[Tensor, ""]]:
+        """Give the means over classes of weight and bias."""
+        weight = self.weight.mean(dim=0, dtype=torch.float64)
+        return weight, weight.new_zeros(()) if self.bias is None else self.bias.mean(dtype=torch.float64)
 
     def classes(self, index: slice | Tensor) -> Head:
         """Give the head of some classes: a slice, their numbers, or a mask."""
@@ -129,6 +136,10 @@ class HeadLogits:
     def rows(self, index: slice | Tensor) -> HeadLogits:
         """Give some rows, their logits still not made."""
         return HeadLogits(self.hidden[index], self.head)
+
+    def of_head(self, head: Head) -> HeadLogits:
+        """Give the rows over another head's classes."""
+        return HeadLogits(self.hidden, head)
 
     def of_classes(self, index: Bool[Tensor, " class"]) -> HeadLogits:
         """Give the rows over some of their classes."""

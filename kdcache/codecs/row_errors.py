@@ -149,6 +149,9 @@ class ErrorSums:
     ) -> RowErrors:
         """Give what the sums come to, with room in bounds and range for what was rounded on the way into the tiles.
 
+        KL is NaN or infinite where float32 does not hold the weights: a logit lies more than 80 above `top`, or all
+        that are decoded far below.
+
         Parameters
         ----------
         error_margin : Tensor [row], optional
@@ -174,6 +177,7 @@ class ErrorSums:
         coded = self._coded.sum(dim=1, dtype=torch.float64).T
         temperatures = total.new_tensor([1.0, 2.0, 4.0])
         divergences = (coded.log() - total.log() - errors / total / temperatures).clamp_(min=0)
+        divergences[coded < _LEAST_TOTAL] = torch.nan
         largest_error = torch.maximum(sums.highest.abs(), sums.lowest.abs())
         largest_logit = torch.maximum(lowest[0].abs(), highest[0].abs()).double()
         rounding = _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * (largest_logit + self._centre.double().abs())
@@ -208,6 +212,9 @@ def _ceiling(kl: Tensor, logit_margin: Tensor, error_margin: Tensor) -> Float64[
 
 _NEGLIGIBLE = 20.0
 """Logits over temperature below the largest at which classes are too unlikely to be felt: exp(-20) is 2e-9."""
+
+_LEAST_TOTAL = 1e-30
+"""Weights of all decoded logits together below which float32 has lost them: these lie too far below the true ones."""
 
 _FLOAT32_ROUNDINGS = 8.0
 """Units in the last place that a float32 logit made or decoded in another order of sums may be off by."""

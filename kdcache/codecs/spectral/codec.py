@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["NUM_LEVELS", "SpectralCodec"]
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -27,10 +28,9 @@ from kdcache.codecs.spectral.guard import (
     refuse_far,
     rounded,
 )
+from kdcache.codecs.spectral.hidden_rows import HeadRows, PreparedHead
 from kdcache.codecs.spectral.rows import (
-    HeadRows,
     MadeRows,
-    PreparedHead,
     SpectralRows,
     all_rows,
     decoded_product,
@@ -426,7 +426,13 @@ class SpectralCodec:
         for _ in range(_STEP_ROUNDS):
             steps = self._steps(step).to(coordinates.device)[levels][:, None]
             errors = rows.errors(all_rows(rows), rounded(coordinates, steps), steps)
-            step *= float((_AIM * target / mean_after_guard(errors, target)).sqrt().clamp(1 / 64, 64))
+            measured = float(mean_after_guard(errors, target))
+            if not math.isfinite(measured):
+                raise CodecError(
+                    f"The step cannot be fitted: coded with step {step:.3g}, the pilot's rows held out have a KL that "
+                    "is no number. Their logits span more than float32 can tell apart; use Codes() or Lossless()."
+                )
+            step *= min(max((_AIM * target / measured) ** 0.5, 1 / 64), 64.0)
             step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
 
@@ -452,10 +458,9 @@ class SpectralCodec:
         smallest = self.max_kl or DEFAULT_MAX_KL
         if isinstance(logits, HeadLogits):
             # rounded products of `precision` are to be measured as readers make them
-            prepared = PreparedHead.kept(logits.head, parameters) if self.spec.precision == "float32" else None
-            if prepared is not None and HeadRows.can_measure(prepared, smallest=smallest):
-                return HeadRows(logits, prepared, parameters)
-            logits = logits[:]
+            is_quick = self.spec.precision == "float32" and HeadRows.can_measure(self.num_classes, smallest=smallest)
+            if is_quick:
+                return HeadRows(logits, PreparedHead.kept(logits.head, parameters), parameters, smallest)
         return MadeRows(logits, parameters, smallest)
 
     def _levels(self, rows: SpectralRows, parameters: Mapping[str, Tensor]) -> Tensor:

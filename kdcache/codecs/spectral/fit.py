@@ -19,6 +19,8 @@ from kdcache.errors import CodecError
 _CLASS_BLOCK_ELEMENTS = 2**25
 _ROW_BLOCK_ELEMENTS = 2**23
 _SMALLEST_EIGENVALUE = 1e-9  # of the largest: below lies the rounding of float32 logits
+_SMALLEST_OF_HEAD = 1e-13  # below lies the rounding of float64 sums
+_SMALLEST_UNIT = 1e-4  # of the largest hidden unit: what the pilot hardly showed still counts
 _RIDGE = 1e-3  # of the metric's mean diagonal before its negative part: what the pilot never felt still costs something
 _WEIGHT_TEMPERATURE = 2.0
 _LEAST_WEIGHT = 0.1
@@ -184,13 +186,16 @@ def _span_of_head(pilot: HeadLogits, weights: Tensor, rank: int | None) -> Float
     for classes in _class_slices(weight.T):
         columns = weight[classes].double() - centre
         gram += (columns.T * weights[classes].double()) @ columns
-    values, vectors = torch.linalg.eigh(gram)
-    count = _kept(values, None)
+    # a hidden unit counts by what it adds to the logits, however unit and weight share it
+    size = pilot.hidden.double().square().mean(dim=0).sqrt()
+    size = size.clamp(min=_SMALLEST_UNIT * float(size.amax().clamp(min=1e-30)))
+    values, vectors = torch.linalg.eigh(size[:, None] * gram * size)
+    count = max(1, int((values > _SMALLEST_OF_HEAD * values[-1].clamp(min=1e-30)).sum()))
     axes = vectors.flip(1)[:, :count]
     scales = values.flip(0)[:count].clamp(min=1e-30).sqrt()
-    turn = axes / scales
+    turn = size[:, None] * axes / scales
     if rank is not None and rank < count:
-        inner = pilot.hidden.double() @ (axes * scales)
+        inner = (pilot.hidden.double() / size) @ (axes * scales)
         _, principal = torch.linalg.eigh(torch.cov(inner.T))
         turn = turn @ principal.flip(1)[:, :rank]
     span = torch.empty(turn.shape[1], len(weight), device=weight.device)

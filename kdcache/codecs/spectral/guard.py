@@ -68,10 +68,7 @@ def guarded(
     levels.sub_(coarser).clamp_(min=0)
     chosen = steps[levels][:, None]
     quantised = rounded(coordinates, chosen)
-    errors = rows.errors(all_rows(rows), quantised, chosen)
-    doubtful = (_is_too_far(errors.kl_ceiling, target) & ~_is_too_far(errors.kl, target)).nonzero()[:, 0]
-    if len(doubtful):
-        errors.put(doubtful, rows.exact_errors(doubtful, quantised[doubtful], chosen[doubtful]))
+    errors = _measured(rows, all_rows(rows), quantised, chosen, target)
     for _ in range(_ROUNDS):
         finer = _refinements(errors, target)
         again = finer.nonzero()[:, 0]
@@ -82,14 +79,29 @@ def guarded(
         levels[again] = (levels[again] + finer[again]).clamp(max=NUM_LEVELS - 1)
         chosen = steps[levels[again]][:, None]
         quantised[again] = rounded(coordinates[again], chosen)
-        errors.put(again, rows.exact_errors(again, quantised[again], chosen))
-    worst = int(errors.kl_ceiling.amax(dim=1).argmax())
+        errors.put(again, _measured(rows, again, quantised[again], chosen, target))
+    worst = int(errors.kl_ceiling.amax(dim=1).nan_to_num(nan=torch.inf).argmax())
     raise CodecError(
         f"Row {worst} cannot be coded with max_kl={target:g}: at level {int(levels[worst])} of {NUM_LEVELS - 1} its KL "
-        f"is still {float(errors.kl_ceiling[worst].amax()):.3g}. It lies outside the {coordinates.shape[1]} components "
-        "that the pilot showed, or too far along them. At a new address, use a larger pilot (num_pilot_rows) or rank, "
-        "a larger max_kl, or Codes(). None of these rows was encoded."
+        f"is still {_ceiling_in_words(errors, worst)}. It lies outside the {coordinates.shape[1]} components that the "
+        "pilot showed, too far along them, or has logits so large that float32 cannot tell such a KL. At a new "
+        "address, use a larger pilot (num_pilot_rows) or rank, a larger max_kl, or Codes(). None of these rows was "
+        "encoded."
     )
+
+
+def _measured(rows: SpectralRows, index: Tensor, quantised: Tensor, steps: Tensor, target: float) -> RowErrors:
+    """Measure rows, and those again, exactly, of which it is in doubt whether they exceed twice the target."""
+    errors = rows.errors(index, quantised, steps)
+    doubtful = (_is_too_far(errors.kl_ceiling, target) & ~_is_too_far(errors.kl, target)).nonzero()[:, 0]
+    if len(doubtful):
+        errors.put(doubtful, rows.exact_errors(index[doubtful], quantised[doubtful], steps[doubtful]))
+    return errors
+
+
+def _ceiling_in_words(errors: RowErrors, row: int) -> str:
+    ceiling, kl = float(errors.kl_ceiling[row].amax()), float(errors.kl[row].amax())
+    return f"{kl:.3g}" if ceiling <= 1.01 * kl else f"{kl:.3g} as measured, and up to {ceiling:.3g} with all rounding"
 
 
 def mean_after_guard(errors: RowErrors, target: float) -> Float64[Tensor, ""]:
@@ -133,14 +145,14 @@ def _with_doubt(errors: RowErrors) -> Float64[Tensor, "row temperature"]:
 
 
 def _is_too_far(kl: Tensor, target: float) -> Bool[Tensor, " row"]:
-    too_far: Tensor = kl.amax(dim=1) > GUARD_FACTOR * target
+    too_far: Tensor = (kl.amax(dim=1) <= GUARD_FACTOR * target).logical_not()  # NaN is too far
     return too_far
 
 
 def _too_far(kl: Tensor, target: float) -> Int64[Tensor, " row"]:
     """Say by how many levels the rows above twice the target are to be refined."""
-    excess = kl.amax(dim=1) / (GUARD_FACTOR * target)
-    levels = (2 * (_MARGIN * excess).clamp(min=1e-12).log2()).ceil().clamp(min=1)
+    excess = (kl.amax(dim=1) / (GUARD_FACTOR * target)).nan_to_num(nan=torch.inf)
+    levels = (2 * (_MARGIN * excess).clamp(min=1e-12, max=2.0**NUM_LEVELS).log2()).ceil().clamp(min=1, max=NUM_LEVELS)
     return torch.where(excess > 1, levels, 0).to(torch.int64)
 
 
