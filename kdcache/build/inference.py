@@ -162,7 +162,7 @@ class BatchLogits:
             )
         rows = self._as_rows(logits, row_map.num_rows[examples])
         # of logits, -inf beside a finite one is a masked class
-        extreme = rows.amax(dim=1) if self._head is None else rows.sum(dim=1)
+        extreme = rows.amax(dim=1) if self._head is None else rows.abs().amax(dim=1)
         if rows.numel() and not bool(extreme.isfinite().all()):
             self._report_non_finite(key, rows, extreme)
         return rows if self._head is None else HeadLogits(rows, self._head)
@@ -197,9 +197,11 @@ class BatchLogits:
         row_map = self._inputs.row_map
         bad = int((~torch.isfinite(extreme)).nonzero()[0, 0])
         index = row_map.example_at(row_map.rows_of_batch(key)[0] + bad)
-        what = "logits" if self._head is None else "hidden states"
-        values = rows[bad][rows[bad].isnan() | rows[bad].isposinf()].tolist()
-        given = f"{values[0]} among the {what}" if values else f"nothing but -inf as the {what}"
+        if self._head is None:
+            values = rows[bad][rows[bad].isnan() | rows[bad].isposinf()].tolist()
+            given = f"{values[0]} among the logits" if values else "nothing but -inf as the logits"
+        else:
+            given = f"{rows[bad][~rows[bad].isfinite()][0].item()} among the hidden states"
         raise NonFiniteLogitsError(
             f"teacher {self._name!r} gave {given} of example "
             f"{self._inputs.transfer_set.example_id(index)!r} (position {index}, view {key.view_index}). Such a "

@@ -78,9 +78,16 @@ class Candidate:
 
 
 def held_out_rows(logits: Logits) -> Logits:
-    """Give the pilot's last eighth, 512 rows at most, or all of a small pilot: rows no basis is fitted to."""
+    """Give the pilot's last eighth, 512 rows at most, or all of a small pilot: rows that no candidate is fitted to."""
     count = min(MAX_HELD_OUT_ROWS, len(logits) // 8)
     return logits if len(logits) < MIN_ROWS_FOR_BASIS else rows_of(logits, slice(-count, None))
+
+
+def _shown_rows(logits: Logits) -> Tensor:
+    """Give the rows that are not held out, made; all of a small pilot."""
+    if len(logits) < MIN_ROWS_FOR_BASIS:
+        return made_rows(logits)
+    return made_rows(rows_of(logits, slice(None, -len(held_out_rows(logits)))))
 
 
 def made_rows(logits: Logits) -> Tensor:
@@ -172,9 +179,8 @@ def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
 
 
 def _candidates(target: RateTarget, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
-    made = made_rows(logits)
     for spec in _plain_specs(logits.dtype):
-        found = _attempt(spec, made, plan)
+        found = _attempt(spec, logits, plan)
         if found is not None:
             yield found
             if target.max_kl is not None and _meets(found, target.max_kl):
@@ -186,7 +192,7 @@ def _candidates(target: RateTarget, logits: Logits, plan: PlanDocument) -> Itera
     elif target.bytes_per_row is not None:
         yield from _within_budget(target.bytes_per_row, logits, plan)
     for k in _KEPT_CLASSES:
-        found = _attempt(TopK(k=k), made, plan) if k < plan.cache.num_classes else None
+        found = _attempt(TopK(k=k), logits, plan) if k < plan.cache.num_classes else None
         if found is not None:
             yield found
 
@@ -216,9 +222,13 @@ def _bases(max_kl: float, logits: Logits, plan: PlanDocument) -> Iterator[Candid
 
 
 def _attempt(spec: CodecSpec, logits: Logits, plan: PlanDocument) -> Candidate | None:
-    """Fit and measure a codec; None where it cannot hold these logits."""
+    """Fit and measure a codec, on hidden states where it is one for them; None where it cannot hold these logits.
+
+    The last rows of the pilot are held out from every fit and are what every codec is measured on.
+    """
+    pilot = logits if isinstance(spec, Spectral) else _shown_rows(logits)
     try:
-        codec, parameters = fitted_codec(spec, plan.cache.num_classes, logits)
+        codec, parameters = fitted_codec(spec, plan.cache.num_classes, pilot)
         return measure_codec(codec, parameters, logits, plan)
     except CodecError:
         return None

@@ -164,7 +164,10 @@ def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
     Error range and bounds are of all rows, KL at the ladder of all or of evenly spread rows.
     """
     rows = _measured_rows(logits)
-    divergences = measure(logits[rows], decoded[rows], LADDER)
+    return _certified(measure(logits[rows], decoded[rows], LADDER), logits, decoded)
+
+
+def _certified(divergences: Tensor, logits: Tensor, decoded: Tensor) -> CertificateDocument:
     return _bounded_certificate(divergences, scaled_bounds(logits, decoded), error_range(logits, decoded))
 
 
@@ -189,9 +192,7 @@ def certify_codes(
     divergences = _measured(decoder, logits, codes)
     if errors is not None:
         return _bounded_certificate(divergences, errors.scaled_bounds, errors.error_range)
-    decoded = decoder.decode(codes)
-    made = logits[:]
-    return _bounded_certificate(divergences, scaled_bounds(made, decoded), error_range(made, decoded))
+    return _certified(divergences, logits[:], decoder.decode(codes))
 
 
 def _bounded_certificate(divergences: Tensor, scaled: Tensor, error_ranges: Tensor) -> CertificateDocument:

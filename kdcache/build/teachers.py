@@ -131,6 +131,9 @@ class ModuleTeacher:
         with self._in_use() as device:
             yield lambda inputs: _logits_of(_forward(self.module, device, self.autocast, inputs))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # the module holds the head's weights already
+
     def has_linear_head(self) -> bool:
         """Tell whether the module is a `TeacherWithHead` without a softcap."""
         return isinstance(self.module, TeacherWithHead) and self.module.is_linear

@@ -68,5 +68,5 @@ def refuse_beyond_target(measured: Float64[Tensor, "row temperature"], target: f
         )
     raise CodecError(
         f"{told}. The codec has no finer code for a single row. At a new address, {remedy}, or take a larger max_kl; "
-        "where it was chosen for a target, a pilot that holds such rows (num_pilot_rows) chooses another"
+        "where it was chosen for a target, a pilot that holds such rows (num_pilot_rows) chooses another."
     )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
-from kdcache.errors import ShapeError
+from kdcache.errors import NonFiniteLogitsError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,26 @@ class Head:
         """Give the means over classes of weight and bias."""
         weight = self.weight.mean(dim=0, dtype=torch.float64)
         return weight, weight.new_zeros(()) if self.bias is None else self.bias.mean(dtype=torch.float64)
+
+    def check_values(self) -> None:
+        """Refuse a head that gives no number, once.
+
+        Raises
+        ------
+        NonFiniteLogitsError
+            A weight is NaN or infinite, or the bias NaN or +inf.
+        """
+        if "finite" in self.prepared:
+            return
+        bias = None if self.bias is None else self.bias.isnan() | self.bias.isposinf()
+        wrong = self.weight.isfinite().all(dim=1).logical_not()
+        wrong = wrong if bias is None else wrong | bias
+        if bool(wrong.any()):
+            raise NonFiniteLogitsError(
+                f"The head's class {int(wrong.nonzero()[0])} has a weight or bias that is NaN or infinite: no row has "
+                "soft targets. Only the bias may be -inf, which masks a class. None of these rows was encoded."
+            )
+        self.prepared["finite"] = True
 
     def classes(self, index: slice | Tensor) -> Head:
         """Give the head of some classes: a slice, their numbers, or a mask."""

@@ -37,7 +37,7 @@ from kdcache.codecs.spectral.rows import (
     encoding_parameters,
 )
 from kdcache.documents.codec_specs import Spectral
-from kdcache.errors import CodecError
+from kdcache.errors import CodecError, NonFiniteLogitsError
 
 _ADAPTATION = 0.25  # of log2(KL) in log2(step): halfway between one step for all rows and one KL for all rows
 _AIM = 0.97  # of the target: so that the mean over a block, which varies, rarely asks for finer rows
@@ -491,6 +491,8 @@ def _of_classes(logits: Logits, index: Tensor) -> Logits:
 
 def _check_values(logits: Logits) -> None:
     """Refuse rows with NaN or +inf, and with -inf where the pilot masked no class."""
+    if isinstance(logits, HeadLogits):
+        logits.head.check_values()
     values = logits.hidden if isinstance(logits, HeadLogits) else logits
     for block in row_blocks(*values.shape, max_elements=_BLOCK_ELEMENTS):
         rows = values[block]
@@ -499,6 +501,11 @@ def _check_values(logits: Logits) -> None:
         finite = rows.isfinite().all(dim=1)
         if bool(finite.all()):
             continue
+        if isinstance(logits, HeadLogits):
+            raise NonFiniteLogitsError(
+                f"Row {block.start + int(finite.logical_not().nonzero()[0])} has a hidden state that is NaN or "
+                "infinite: it has no soft targets. None of these rows was encoded."
+            )
         check_row_values(rows, first_row=block.start)
         raise CodecError(
             f"Row {block.start + int(finite.logical_not().nonzero()[0])} masks (-inf) a class that other rows do not, "

@@ -147,6 +147,29 @@ def test_a_hidden_state_that_is_no_number_stops_the_build_by_name(tmp_path):
         built(tmp_path, whole)
 
 
+def test_hidden_states_in_float16_whose_sum_overflows_are_numbers(tmp_path):
+    """Sixty-five thousand is the largest number of float16; the sum of twenty of them is none."""
+    whole = teacher()
+    whole.body = nn.Sequential(whole.body, Rounded())
+    whole.head.weight.data.mul_(1e-3)
+    whole.head.half()
+    cache = built(tmp_path, whole, codec=Spectral(step=50.0))
+    assert cache.complete is not None
+
+
+class Rounded(nn.Module):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return (states.sign() * 3e4 + 1e3 * states).half()
+
+
+def test_a_teacher_travels_without_a_second_copy_of_its_head():
+    module_teacher = ModuleTeacher("a", teacher())
+    alone = len(pickle.dumps(module_teacher))
+    with module_teacher.running_body():
+        pass
+    assert len(pickle.dumps(module_teacher)) == alone
+
+
 class Narrowing(nn.Module):
     """Gives hidden states of another width once it has been asked often enough."""
 

@@ -195,7 +195,8 @@ def test_codes_chosen_for_a_budget_have_no_target(tmp_path):
 def test_a_row_unlike_the_pilot_that_codes_cannot_hold_stops_the_build_by_its_number(tmp_path):
     message = (
         r"shard 4 of teacher 'a' cannot be encoded\. Row 44 has a KL of .* where max_kl=0.0001 allows a row twice of it"
-        r'.*At a new address, use Codes\(dtype="uint16"\) .*count from row 256 .*published are kept'
+        r'.*At a new address, use Codes\(dtype="uint16"\) .*'
+        r"Row 44 is of example 300 \(position 300, view 0\).*count from the shard.*published are kept"
     )
     with pytest.raises(CodecError, match=message):
         narrow(tmp_path, far_row=300)

@@ -6,8 +6,9 @@ import torch
 from kdcache.codecs import Decoder, SpectralCodec, fitted_codec, measure, parameters_to
 from kdcache.codecs.codes import CodesCodec
 from kdcache.codecs.head_logits import Head, HeadLogits, concatenated, on_device, rows_of
+from kdcache.codecs.spectral.hidden_rows import PreparedHead
 from kdcache.documents import Codes, Spectral
-from kdcache.errors import NonFiniteLogitsError, ShapeError, WrongClassCountError
+from kdcache.errors import CodecError, NonFiniteLogitsError, ShapeError, WrongClassCountError
 
 HELD = (1.0, 2.0, 4.0)
 SCALES = torch.logspace(0, -1.5, 24)
@@ -167,13 +168,21 @@ def test_a_class_that_the_bias_masks_stays_masked():
     assert measure(rows[:], decoded, HELD).amax() <= 0.04
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_hidden_state_that_is_no_number_is_refused_by_row(wide, value):
     the_head, decoder = wide
     states = hidden(9, dtype=the_head.weight.dtype)
     states[6, 2] = value
     with pytest.raises(NonFiniteLogitsError, match="Row 6"):
         decoder.encode_measured(HeadLogits(states, the_head))
+
+
+@pytest.mark.parametrize(("part", "value"), [("weight", torch.nan), ("weight", -torch.inf), ("bias", torch.inf)])
+def test_a_head_that_holds_no_numbers_is_refused_by_class(part, value):
+    the_head = head(50, bias=True)
+    getattr(the_head, part)[7] = value
+    with pytest.raises(NonFiniteLogitsError, match="class 7"):
+        fitted(Spectral(max_kl=0.02), HeadLogits(hidden(100), the_head))
 
 
 def test_a_head_of_another_class_count_is_refused(wide):
@@ -265,3 +274,100 @@ def test_any_number_of_rows_is_coded(wide, num_rows):
     the_head, decoder = wide
     codes, errors = decoder.encode_measured(HeadLogits(hidden(num_rows, dtype=the_head.weight.dtype), the_head))
     assert len(codes) == len(errors.kl) == num_rows
+
+
+# Heads and rows that are hard to measure ------------------------------------------------------------------------------
+
+HARD = 6000
+
+
+def held_to(target, rows, pilot):
+    """Fit, encode, and measure against logits in float64; the ceilings that the guard trusted hold."""
+    decoder = fitted(Spectral(max_kl=target), pilot)
+    codes, errors = decoder.encode_measured(rows)
+    true = rows.hidden.double() @ rows.head.weight.double().T
+    if rows.head.bias is not None:
+        true += rows.head.bias.double()
+    divergence = measure(true, decoder.decode(codes).double(), HELD)
+    assert divergence.mean(dim=0).amax() <= target
+    assert divergence.amax() <= 2 * target
+    assert bool((divergence <= errors.kl_ceiling * 1.001 + 1e-6).all())
+    difference = decoder.decode(codes).double() - true
+    assert bool((difference.amax(dim=1) - difference.amin(dim=1) <= errors.error_range + 1e-3).all())
+
+
+@pytest.mark.parametrize("shrunk_in_the_pilot", [1.0, 0.0], ids=["seen", "unseen"])
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7])
+def test_a_huge_column_of_the_head_hides_no_other(size, shrunk_in_the_pilot):
+    the_head, states = head(HARD), hidden(500)
+    the_head.weight[:, 0] *= size
+    states[:, 0] /= size
+    states[:300, 0] *= shrunk_in_the_pilot
+    held_to(0.02, HeadLogits(states[300:], the_head), HeadLogits(states[:300], the_head))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opposite_columns_of_the_head_cancel(dtype):
+    the_head, states = head(HARD, dtype=dtype), hidden(500, dtype=dtype)
+    the_head.weight[:, 0] *= 1000
+    the_head.weight[:, 1] = the_head.weight[:, 0]
+    states[:, 1] = -states[:, 0]
+    held_to(0.02, HeadLogits(states[300:], the_head), HeadLogits(states[:300], the_head))
+
+
+@pytest.mark.parametrize("offset", [-100.0, 500.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offset_that_all_logits_share_changes_nothing(dtype, offset):
+    plain = head(HARD, dtype=dtype)
+    the_head = Head(plain.weight, torch.full((HARD,), offset, dtype=dtype))
+    states = hidden(500, dtype=dtype)
+    held_to(0.02, HeadLogits(states[300:], the_head), HeadLogits(states[:300], the_head))
+
+
+@pytest.mark.parametrize("scale", [5.0, 50.0])
+def test_rows_whose_soft_targets_are_nearly_hard_are_measured(scale):
+    plain = head(HARD)
+    the_head, states = Head(plain.weight * scale), hidden(500)
+    held_to(0.02, HeadLogits(states[300:], the_head), HeadLogits(states[:300], the_head))
+
+
+def test_a_row_far_above_the_others_is_held_too():
+    the_head, states = head(HARD), hidden(500)
+    states[400] *= 1e4
+    held_to(0.02, HeadLogits(states[300:], the_head), HeadLogits(states[:300], the_head))
+
+
+def test_a_row_beyond_float32_is_refused_by_name():
+    the_head, states = head(HARD), hidden(500)
+    states[400] *= 1e25
+    decoder = fitted(Spectral(max_kl=0.02), HeadLogits(states[:300], the_head))
+    with pytest.raises(CodecError, match="Row 100 cannot be coded"):
+        decoder.encode_measured(HeadLogits(states[300:], the_head))
+
+
+def test_another_head_than_the_pilots_is_refused_or_measured():
+    """Its logits lie outside the basis, which no step mends."""
+    pilot = HeadLogits(hidden(300), head(HARD))
+    decoder = fitted(Spectral(max_kl=0.02), pilot)
+    torch.manual_seed(77)
+    other = Head(pilot.head.weight + 0.3 * torch.randn(pilot.head.weight.shape))
+    with pytest.raises(CodecError, match="cannot be coded"):
+        decoder.encode_measured(HeadLogits(hidden(50, seed=4), other))
+    plain = fitted(Spectral(step=0.05), pilot)
+    rows = HeadLogits(hidden(50, seed=4), other)
+    codes, errors = plain.encode_measured(rows)
+    assert torch.allclose(errors.kl, measure(rows[:], plain.decode(codes), HELD), rtol=1e-3)
+
+
+def test_what_lies_outside_the_basis_is_bounded_row_by_row():
+    pilot = HeadLogits(hidden(300), head(HARD))
+    decoder = fitted(Spectral(max_kl=0.02), pilot)
+    parameters = decoder.codec.prepare_to_encode(decoder.parameters)
+    prepared = PreparedHead.of(pilot.head, parameters)
+    states = torch.cat([hidden(50, seed=8), 100 * hidden(50, seed=9)])
+    kept = prepared.coordinates(states) @ parameters["basis"].double() + parameters["mean"]
+    true = states.double() @ pilot.head.weight.double().T
+    outside = (kept - (true - true.mean(dim=1, keepdim=True))).abs().amax(dim=1)
+    most, likely = prepared.outside(states)
+    assert bool((outside <= most + 1e-6).all())
+    assert bool((likely <= most).all())
