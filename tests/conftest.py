@@ -32,6 +32,24 @@ def one_torch_thread():
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Leave out what needs an accelerator where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an accelerator: there is no CUDA device")
+    for item in items:
+        if item.get_closest_marker("accelerator"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def the_processor_alone(request, monkeypatch):
+    """Keep tests that are not about an accelerator on the processor, on any machine, also in processes they start."""
+    if not request.node.get_closest_marker("accelerator"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @dataclass(frozen=True)
 class Digits:
     inputs: torch.Tensor

@@ -11,11 +11,15 @@ def test_a_device_is_chosen_by_its_name():
     assert choose_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.accelerator
 def test_auto_takes_cuda_where_there_is_one():
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("auto").type == "cuda"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_auto_takes_the_processor_where_there_is_no_cuda():
+    assert choose_device("auto").type == "cpu"
+
+
 def test_cuda_where_there_is_none_is_refused():
     with pytest.raises(OptionError, match="torch finds no CUDA device"):
         choose_device("cuda")

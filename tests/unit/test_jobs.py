@@ -225,7 +225,7 @@ def test_an_unknown_argument_is_named(folder):
 
 
 def test_a_missing_argument_is_named(folder):
-    with pytest.raises(JobError, match="missing a required argument: 'count'"):
+    with pytest.raises(JobError, match=r"missing a required (keyword-only )?argument: 'count'"):
         make(Factory(factory="job_sources:numbers"), folder)
 
 

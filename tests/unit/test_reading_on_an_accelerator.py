@@ -8,7 +8,7 @@ from kdcache.documents import Codes, Lossless, Spectral, TopK
 from kdcache.losses import distillation_loss
 from kdcache.soft_targets import MEANS, SoftTargets
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to read on")
+pytestmark = pytest.mark.accelerator
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(300, 2, 20, generator=GENERATOR) @ torch.randn(20, 700, generator=GENERATOR)

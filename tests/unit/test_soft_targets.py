@@ -174,7 +174,7 @@ def test_autocast_changes_no_mean_logit():
     assert torch.equal(found, mean_logits(MEMBERS.float(), weights=WEIGHTS))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 needs an accelerator")
+@pytest.mark.accelerator
 def test_reduced_precision_of_matrix_products_changes_no_mean_logit():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -410,7 +410,7 @@ def test_moving_to_where_it_lies_copies_nothing(ensemble):
     assert ensemble.to("cpu").codes[0].data_ptr() == ensemble.codes[0].data_ptr()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs an accelerator")
+@pytest.mark.accelerator
 def test_pinned_memory_holds_the_same_codes(ensemble):
     pinned = ensemble.pin_memory()
     assert pinned.codes[0].is_pinned()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tiny_caches import OPTIONS, TinyTeacher, build_tiny, files_of, tiny_teachers, tiny_transfer_set
 
 from kdcache import Codes, Lossless, TopK, plan_cache
@@ -168,9 +167,8 @@ def test_the_pilot_costs_a_build_no_second_inference(tmp_path):
     assert teacher.num_calls == 4
 
 
+@pytest.mark.accelerator
 def test_logits_on_another_device_are_fitted_alike():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a second device")
     module = ModuleTeacher("a", TinyTeacher(), device="cuda")
     on_cuda = run_pilot(StoredTeacher("a", module, (module.fingerprint,)), inputs_of())
     assert on_cuda.forecast.certificate.mean_kl[0] == pytest.approx(

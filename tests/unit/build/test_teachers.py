@@ -76,12 +76,12 @@ def test_running_statistics_stay_as_they_were():
     assert weights_digest(module) == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.accelerator
 def test_a_module_runs_on_the_device_asked_for():
     assert run(ModuleTeacher("a", TinyTeacher(), device="cuda")).device.type == "cuda"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.accelerator
 def test_a_module_gets_its_device_back():
     module = TinyTeacher()
     run(ModuleTeacher("a", module, device="cuda"))

@@ -310,7 +310,7 @@ def test_a_partial_file_of_another_machine_stays_though_no_such_process_lives_he
     assert path.exists()
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid()])
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["of another process", "of this process"])
 def test_a_partial_file_older_than_a_day_is_removed_whoever_wrote_it(objects, pid):
     path = leave_partial(objects, machine=OTHER_MACHINE, pid=pid, age=DAY + 60)
     assert objects.remove_stale_partials() == 1
