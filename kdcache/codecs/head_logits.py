@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
+from kdcache.codecs.precision import keeps_float32
 from kdcache.errors import NonFiniteLogitsError, ShapeError
 
 
@@ -83,9 +84,10 @@ class Head:
     def logits(
         self, hidden: Float[Tensor, "row component"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "row class"]:
-        """Multiply, in `dtype`."""
+        """Multiply, in `dtype`; for float32 in float64, where torch may round its factors."""
+        factors = dtype if dtype != torch.float32 or keeps_float32(hidden.device) else torch.float64
         with torch.autocast(hidden.device.type, enabled=False):
-            product = hidden.to(dtype) @ self.weight.to(dtype).T
+            product = (hidden.to(factors) @ self.weight.to(factors).T).to(dtype)
             return product if self.bias is None else product + self.bias.to(dtype)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from kdcache.codecs.moments import ErrorMoments
+from kdcache.codecs.precision import keeps_float32
 
 TILE_ROWS = 512
 TILE_COLUMNS = 256
@@ -145,7 +146,7 @@ class ErrorSums:
         kl_margin: Tensor | None = None,
         error_rounding: float = 0.0,
         logit_rounding: float = 0.0,
-        logit_margin: float = 0.0,
+        logit_margin: Tensor | None = None,
     ) -> RowErrors:
         """Give what the sums come to, with room in bounds and range for what was rounded on the way into the tiles.
 
@@ -160,7 +161,7 @@ class ErrorSums:
             The same of the errors of likely classes, in the mean over which KL is made; as `error_margin` by default.
         error_rounding, logit_rounding : float
             What errors and logits may be off by besides, as shares of the row's largest.
-        logit_margin : float
+        logit_margin : Tensor [row], optional
             What every logit may be off by besides.
         """
         sums = ErrorMoments.empty(len(self._top), self._num_classes, self._columns, self._top)
@@ -184,17 +185,19 @@ class ErrorSums:
         rounding = rounding + error_rounding * largest_error
         margin = rounding if error_margin is None else rounding + error_margin.double()
         mean_margin = margin if kl_margin is None else rounding + kl_margin.double()
-        off = logit_rounding * largest_logit + logit_margin
+        logits_off = largest_logit.new_zeros(()) if logit_margin is None else logit_margin
         near = (highest[0].double()[:, None] - _NEGLIGIBLE * temperatures).abs()
         likely_logit = torch.minimum(torch.maximum(highest[0].double().abs()[:, None], near), largest_logit[:, None])
         return RowErrors(
             kl=divergences,
             kl_ceiling=_ceiling(
                 divergences,
-                (logit_rounding * likely_logit + logit_margin) / temperatures,
+                (logit_rounding * likely_logit + logits_off[..., None]) / temperatures,
                 mean_margin[:, None] / temperatures,
             ),
-            scaled_bounds=sums.scaled_bounds(error_margin=margin, logit_margin=off),
+            scaled_bounds=sums.scaled_bounds(
+                error_margin=margin, logit_margin=logit_rounding * largest_logit + logits_off
+            ),
             error_range=sums.error_range() + 2 * margin,
             lowest_logit=lowest[0],
             highest_logit=highest[0],
@@ -231,7 +234,7 @@ def _sum_products(
     out: Float[Tensor, "row temperature moment"],
 ) -> None:
     """Sum products over the classes; as matrix products where those are exact, four times faster."""
-    if torch.get_float32_matmul_precision() == "highest":
+    if keeps_float32(weights.device):
         torch.bmm(weights.transpose(0, 1), values.permute(1, 2, 0), out=out)
         return
     for temperature in range(3):

@@ -146,12 +146,13 @@ class SpectralCodec:
         open_pilot = _of_classes(pilot, ~masked) if bool(masked.any()) else pilot
         _check_values(open_pilot)
         num_held_out = min(_MAX_HELD_OUT_ROWS, len(pilot) // 8)
-        found = fit_basis(rows_of(open_pilot, slice(None, -num_held_out)), rank=spec.rank)
-        codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
-        parameters = codec._as_parameters(found, masked)
-        step = spec.step or codec._fitted_step(
-            rows_of(pilot, slice(-num_held_out, None)), parameters, float(found.spread[0])
-        )
+        with torch.autocast(pilot.device.type, enabled=False), torch.no_grad():
+            found = fit_basis(rows_of(open_pilot, slice(None, -num_held_out)), rank=spec.rank)
+            codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
+            parameters = codec._as_parameters(found, masked)
+            step = spec.step or codec._fitted_step(
+                rows_of(pilot, slice(-num_held_out, None)), parameters, float(found.spread[0])
+            )
         return codec, {name: value.cpu().numpy() for name, value in codec._with_step(parameters, step).items()}
 
     def with_step(
@@ -166,7 +167,8 @@ class SpectralCodec:
     ) -> dict[str, npt.NDArray[Any]]:
         """Fit the step anew, for this codec's target, on held-out rows: another target on a basis that is there."""
         tensors = {name: torch.as_tensor(value, device=held_out.device) for name, value in parameters.items()}
-        step = self._fitted_step(held_out, tensors, 16 * float(parameters["steps"][self.base_level]))
+        with torch.autocast(held_out.device.type, enabled=False), torch.no_grad():
+            step = self._fitted_step(held_out, tensors, 16 * float(parameters["steps"][self.base_level]))
         return {**parameters, "steps": self._steps(step).numpy()}
 
     @property

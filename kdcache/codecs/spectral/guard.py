@@ -63,9 +63,8 @@ def guarded(
     """
     if not len(rows):
         return rounded(coordinates, steps[levels][:, None]), rows.errors(all_rows(rows), coordinates, coordinates)
-    reach = coordinates.abs().amax(dim=1) / (steps[levels] * LARGEST_CODE)
-    coarser = (LEVELS_PER_OCTAVE * reach.clamp(min=1).log2()).ceil().to(torch.int64)
-    levels.sub_(coarser).clamp_(min=0)
+    finest = _finest_levels(coordinates, steps)
+    levels.copy_(torch.minimum(levels, finest))
     chosen = steps[levels][:, None]
     quantised = rounded(coordinates, chosen)
     errors = _measured(rows, all_rows(rows), quantised, chosen, target)
@@ -74,20 +73,29 @@ def guarded(
         again = finer.nonzero()[:, 0]
         if not len(again):
             return quantised, errors
-        if bool((levels[again] == NUM_LEVELS - 1).any()):
+        if bool((levels[again] == finest[again]).any()):
             break
-        levels[again] = (levels[again] + finer[again]).clamp(max=NUM_LEVELS - 1)
+        levels[again] = torch.minimum(levels[again] + finer[again], finest[again])
         chosen = steps[levels[again]][:, None]
         quantised[again] = rounded(coordinates[again], chosen)
         errors.put(again, _measured(rows, again, quantised[again], chosen, target))
     worst = int(errors.kl_ceiling.amax(dim=1).nan_to_num(nan=torch.inf).argmax())
     raise CodecError(
-        f"Row {worst} cannot be coded with max_kl={target:g}: at level {int(levels[worst])} of {NUM_LEVELS - 1} its KL "
-        f"is still {_ceiling_in_words(errors, worst)}. It lies outside the {coordinates.shape[1]} components that the "
-        "pilot showed, too far along them, or has logits so large that float32 cannot tell such a KL. At a new "
-        "address, use a larger pilot (num_pilot_rows) or rank, a larger max_kl, or Codes(). None of these rows was "
-        "encoded."
+        f"Row {worst} cannot be coded with max_kl={target:g}: with step {float(steps[levels[worst]]):.3g}, level "
+        f"{int(levels[worst])} of {int(finest[worst])}, its KL is still {_ceiling_in_words(errors, worst)}. It lies "
+        f"outside the {coordinates.shape[1]} components that the pilot showed, too far along them, or has logits so "
+        "large that float32 cannot tell such a KL. At a new address, use a larger pilot (num_pilot_rows) or rank, a "
+        "larger max_kl, or Codes(). None of these rows was encoded."
     )
+
+
+def _finest_levels(
+    coordinates: Float[Tensor, "row component"], steps: Float[Tensor, " level"]
+) -> Int64[Tensor, " row"]:
+    """Give the finest level at which a row's codes stay within the largest one; 0 where none does."""
+    reach = coordinates.abs().amax(dim=1) / (steps[0] * LARGEST_CODE)
+    levels = (-LEVELS_PER_OCTAVE * reach.double().clamp(min=1e-300).log2()).floor()
+    return levels.nan_to_num(nan=0).clamp(0, NUM_LEVELS - 1).to(torch.int64)
 
 
 def _measured(rows: SpectralRows, index: Tensor, quantised: Tensor, steps: Tensor, target: float) -> RowErrors:
@@ -129,7 +137,7 @@ def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
     CodecError
         Names the row.
     """
-    far = (quantised.abs() == LARGEST_CODE).any(dim=1)
+    far = (quantised.abs() >= LARGEST_CODE).any(dim=1)
     if bool(far.any()):
         raise CodecError(
             f"Row {int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "

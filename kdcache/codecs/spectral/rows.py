@@ -32,6 +32,7 @@ from kdcache.codecs.bounds import scaled_bounds
 from kdcache.codecs.certificate import error_range, measure
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
+from kdcache.codecs.precision import TF32_INTEGERS, keeps_float32
 from kdcache.codecs.row_errors import TILE_ROWS, ErrorSums, RowErrors
 from kdcache.codecs.spectral.fit import projection_of
 
@@ -216,8 +217,15 @@ def decoded_product(
         return torch.matmul(quantised.to(torch.bfloat16), basis).to(torch.float32).mul_(steps).add_(mean)
     if basis.device.type == "cpu":
         return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
-    # an accelerator may round factors to TF32, which holds codes up to 2,048 and a float16 basis exactly
-    return torch.addcmul(mean, torch.matmul(quantised.to(torch.float32), basis), steps)
+    return torch.addcmul(mean, _whole_product(quantised.to(torch.float32), basis), steps)
+
+
+def _whole_product(whole: Tensor, basis: Tensor) -> Float32[Tensor, "row class"]:
+    """Multiply whole numbers with a basis of float16 values: in two parts, where TF32 would round larger ones."""
+    if not torch.compiler.is_compiling() and keeps_float32(basis.device):
+        return torch.matmul(whole, basis)
+    large = (whole / TF32_INTEGERS).round() * TF32_INTEGERS
+    return torch.matmul(whole - large, basis).add_(torch.matmul(large, basis))
 
 
 def all_rows(rows: SpectralRows) -> Int[Tensor, " row"]:
