@@ -137,7 +137,8 @@ def refuse_far(quantised: Int[Tensor, "row component"]) -> None:
     CodecError
         Names the row.
     """
-    far = (quantised.abs() >= LARGEST_CODE).any(dim=1)
+    # what is no number becomes the least integer, of which the magnitude overflows
+    far = ((quantised >= LARGEST_CODE) | (quantised <= -LARGEST_CODE)).any(dim=1)
     if bool(far.any()):
         raise CodecError(
             f"Row {int(far.nonzero()[0])} lies more than {LARGEST_CODE} steps along a component: it is far "

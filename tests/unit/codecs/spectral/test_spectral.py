@@ -1,5 +1,7 @@
 """The spectral codec: what it keeps, what it promises, and what it refuses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -260,3 +262,29 @@ def test_a_pilot_of_hugely_negative_logits_is_refused_with_a_remedy():
 
 def test_no_rows_give_no_codes():
     assert fitted(Spectral(max_kl=0.01), PILOT).encode(LATER[:0]).shape == (0, 13)
+
+
+@pytest.mark.parametrize("value", [3e38, 1e39, 1e300])
+def test_rows_beyond_float32_are_refused_by_number_with_a_fixed_step_too(value):
+    decoder = fitted(Spectral(step=0.05), PILOT)
+    logits = LATER[:3].double()
+    logits[1, ::2], logits[1, 1::2] = value, -value
+    with pytest.raises(CodecError, match="Row 1 lies more than 32766 steps along a component"):
+        decoder.encode(logits)
+
+
+def test_fitting_knows_no_autocast():
+    expected = fitted(Spectral(max_kl=0.01), PILOT).parameters
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fitted(Spectral(max_kl=0.01), PILOT).parameters
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_refusal_of_a_cut_rank_tells_the_error_that_is_left():
+    with pytest.raises(CodecError, match=r"Row \d+ cannot be coded with max_kl=0.001: .* its KL is still") as refused:
+        fitted(Spectral(max_kl=0.001, rank=9), PILOT).encode(LATER)
+    row, told = re.search(r"Row (\d+) .* still ([\d.e-]*\d)", str(refused.value)).groups()
+    finest = fitted(Spectral(step=1e-3, rank=9), PILOT)
+    left = measure(LATER, finest.decode(finest.encode(LATER)), HELD).amax(dim=1)
+    assert float(told) == pytest.approx(float(left[int(row)]), rel=0.05)
+    assert int(row) == int(left.argmax())
