@@ -29,7 +29,7 @@ def main(
         Literal["auto", "cpu", "cuda"], typer.Option(help="On cuda the transformer is trained, on cpu the small two.")
     ] = "auto",
     long: Annotated[
-        bool, typer.Option(help="More rows, steps and seeds of the transformer: about 12 minutes of an H100.")
+        bool, typer.Option(help="More rows, steps and seeds of the transformer: perhaps 15 minutes of an H100.")
     ] = False,
     minutes: Annotated[float, typer.Option(help="Begin no seed of the transformer that would end later.")] = math.inf,
     results: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
