@@ -6,7 +6,7 @@ processor's cache. Whoever sums fills a tile with logits and errors, however the
 
 from __future__ import annotations
 
-__all__ = ["TILE_COLUMNS", "TILE_ROWS", "ErrorSums", "RowErrors"]
+__all__ = ["TILE_COLUMNS", "TILE_ROWS", "ErrorSums", "RowErrors", "tile_rows"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,6 +21,10 @@ from kdcache.codecs.precision import keeps_float32
 TILE_ROWS = 512
 TILE_COLUMNS = 256
 """Rows and classes of a tile: seven float32 arrays of them are 3.5 MB, and a product for so many rows is efficient."""
+
+TILE_ROWS_ON_DEVICE = 2048
+TILE_COLUMNS_ON_DEVICE = 4096
+"""The same on an accelerator, which has 235 MB to spare and for which a small tile is all waiting."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,11 @@ class RowErrors:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
+def tile_rows(device: torch.device) -> int:
+    """Give the rows of a tile on a device."""
+    return TILE_ROWS if device.type == "cpu" else TILE_ROWS_ON_DEVICE
+
+
 class ErrorSums:
     r"""Sums over the classes of some rows, to which tiles are added.
 
@@ -81,8 +90,8 @@ class ErrorSums:
     centre : Tensor [row]
         float32, what errors are near to, where the decoded logits are shifted against the true ones.
     num_classes : int
-    tile_columns : int, default 256
-        Classes of a tile.
+    tile_columns : int, optional
+        Classes of a tile; 256 on a processor and 4,096 on an accelerator by default.
     """
 
     def __init__(
@@ -91,9 +100,10 @@ class ErrorSums:
         centre: Float32[Tensor, " row"],
         num_classes: int,
         *,
-        tile_columns: int = TILE_COLUMNS,
+        tile_columns: int | None = None,
     ) -> None:
-        num_rows, columns = len(top), min(tile_columns, num_classes)
+        usual = TILE_COLUMNS if top.device.type == "cpu" else TILE_COLUMNS_ON_DEVICE
+        num_rows, columns = len(top), min(tile_columns or usual, num_classes)
         num_tiles = -(-num_classes // columns)
         self._num_classes, self._columns = num_classes, columns
         self._top, self._centre = top / 4, centre

@@ -27,13 +27,13 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
-from kdcache.codecs.base import row_blocks
+from kdcache.codecs.base import block_elements, row_blocks
 from kdcache.codecs.bounds import scaled_bounds
 from kdcache.codecs.certificate import error_range, measure
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.precision import TF32_INTEGERS, keeps_float32
-from kdcache.codecs.row_errors import TILE_ROWS, ErrorSums, RowErrors
+from kdcache.codecs.row_errors import ErrorSums, RowErrors, tile_rows
 from kdcache.codecs.spectral.fit import projection_of
 
 PRECISE_CLASSES = 4096
@@ -131,7 +131,7 @@ class MadeRows:
 
     def coordinates(self) -> Float64[Tensor, "row component"]:
         """Project the centred rows, in the metric of the weights, onto the basis."""
-        inner = [self._inner(rows_of(self.logits, block)) for block in _tile_row_blocks(len(self.logits))]
+        inner = [self._inner(rows_of(self.logits, block)) for block in _tile_row_blocks(len(self.logits), self.device)]
         return (torch.cat(inner) if inner else self._inner(self.logits)) @ self.parameters["projection"]
 
     def felt(self) -> Float32[Tensor, " row"]:
@@ -247,13 +247,13 @@ def _row_means(logits: Logits) -> Float[Tensor, "row 1"]:
     return logits.mean(dim=1, keepdim=True, dtype=kind)
 
 
-def _tile_row_blocks(num_rows: int) -> Iterator[slice]:
-    return row_blocks(num_rows, 1, max_elements=TILE_ROWS)
+def _tile_row_blocks(num_rows: int, device: torch.device) -> Iterator[slice]:
+    return row_blocks(num_rows, 1, max_elements=tile_rows(device))
 
 
 def in_blocks(measured: Callable[[slice], RowErrors], num_rows: int, device: torch.device) -> RowErrors:
     """Measure rows in blocks that tiles are made for."""
-    blocks = [measured(block) for block in _tile_row_blocks(num_rows)]
+    blocks = [measured(block) for block in _tile_row_blocks(num_rows, device)]
     return RowErrors.concatenated(blocks) if blocks else RowErrors.of_no_rows(device)
 
 
@@ -264,7 +264,7 @@ def felt(logits: Logits, norms: Tensor) -> Float32[Tensor, " row"]:
     basis: the variance of the logit errors under p where the columns of different classes are nearly orthogonal.
     """
     found = torch.empty(len(logits), device=logits.device)
-    for block in row_blocks(*logits.shape, max_elements=_FELT_ELEMENTS):
+    for block in row_blocks(*logits.shape, max_elements=max(_FELT_ELEMENTS, block_elements(logits.device))):
         rows = logits[block].to(torch.float32)
         weights = rows.sub(rows.amax(dim=1, keepdim=True)).div_(4).exp_()
         felt = []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdcache.codecs.base import (
     StorageDtype,
+    block_elements,
     check_codes,
     check_logits,
     check_num_classes,
@@ -316,7 +317,7 @@ class TopKCodec:
         rank_of_class[class_of_rank] = torch.arange(self.num_classes, device=logits.device)
         encoder = Encoder(self.spec, parameters, rank_of_class)
         masked = None if self.is_normalised else parameters["class_means"] == -torch.inf
-        for block in row_blocks(*logits.shape):
+        for block in row_blocks(*logits.shape, max_elements=block_elements(logits.device)):
             gaps = self._gaps(logits[block], block.start)
             if masked is not None:
                 refuse_other_masks(gaps, masked, first_row=block.start)
