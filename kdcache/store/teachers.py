@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, CodecSpec, Parameter, Spectral, TeacherDocument, differences
+from kdcache.documents import CacheDocument, CodecSpec, Parameter, Spectral, TeacherDocument, TopK, differences
 from kdcache.errors import CodecError, ShapeError
 from kdcache.store import arrays, layout
 from kdcache.store.files import CacheFiles
@@ -93,7 +93,7 @@ def codec_shard_spec(
     ShapeError
         Such a chunk cannot be stored.
     """
-    by_column = isinstance(codec, Spectral)
+    by_column = isinstance(codec, Spectral | TopK)
     return ShardSpec(shard_rows, chunk_rows, num_columns, storage_dtype, _FILLS[storage_dtype], by_column=by_column)
 
 
