@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["advice", "forecast_as_json", "plot_forecast", "print_forecast"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def _break_even(forecast: Forecast, item: TeacherForecast) -> dict[str, int | No
 def _paid_back(forecast: Forecast) -> Table:
     found = {item.name: _break_even(forecast, item) for item in forecast.teachers}
     paid = {name: counts for name, counts in found.items() if counts}
-    columns = list(next(iter(paid.values())))
+    columns = list(dict.fromkeys(column for counts in paid.values() for column in counts))
     table = Table(
         "teacher",
         *columns,
@@ -266,9 +266,15 @@ def _paid_back(forecast: Forecast) -> Table:
         pad_edge=False,
     )
     for name, counts in paid.items():
-        cells = ("never" if counts[column] is None else f"{counts[column]:,}" for column in columns)
-        table.add_row(escape(name), *cells)
+        table.add_row(escape(name), *(_break_even_in_words(counts, column) for column in columns))
     return table
+
+
+def _break_even_in_words(counts: Mapping[str, int | None], column: str) -> str:
+    if column not in counts:
+        return "-"  # not measured: the codec cannot hold this teacher's logits
+    count = counts[column]
+    return "never" if count is None else f"{count:,}"
 
 
 def _grouped_advice(forecast: Forecast) -> Iterator[str]:
