@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from kdcache.build.plan import chunk_rows_of
-from kdcache.build.task import certify_codes
+from kdcache.build.task import certify_codes, measure_every_row
 from kdcache.codecs import Codec, Decoder, SpectralCodec, codec_for, fitted_codec, parameters_to
-from kdcache.codecs.base import row_blocks
-from kdcache.codecs.fidelity import measure_codes
 from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.rounding import coarsest_dtype
@@ -36,7 +34,6 @@ from kdcache.store.teachers import codec_shard_spec
 
 MAX_HELD_OUT_ROWS = 512
 _MADE_ELEMENTS = 2**27
-_MEASURED_ELEMENTS = 2**24
 _TARGET_TEMPERATURES = (1.0, 2.0, 4.0)
 _STEP_ROUNDS = 8
 MIN_ROWS_FOR_BASIS = 64
@@ -158,7 +155,7 @@ def measure_codec(
     codes, errors = decoder.encode_measured(held_out)
     certificate = certify_codes(decoder, held_out, codes, errors)
     seconds = time.perf_counter() - start
-    divergences = _measured(decoder, held_out, codes)  # of all rows: a sample may mislead
+    divergences = measure_every_row(decoder, held_out, codes, _TARGET_TEMPERATURES)  # of all rows: a sample may mislead
     return Candidate(
         codec=codec,
         parameters=parameters,
@@ -169,13 +166,6 @@ def measure_codec(
         max_kl=float(divergences.max()),
         encode_seconds_per_row=seconds / len(held_out),
     )
-
-
-def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
-    """Measure KL [row, temperature] of all rows, a block of them at a time."""
-    blocks = row_blocks(*logits.shape, max_elements=_MEASURED_ELEMENTS)
-    found = [measure_codes(decoder, logits[block], codes[block], _TARGET_TEMPERATURES) for block in blocks]
-    return torch.cat(found)
 
 
 def _candidates(target: RateTarget, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
