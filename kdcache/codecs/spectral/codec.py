@@ -257,10 +257,18 @@ class SpectralCodec:
         return {**parameters, "basis": parameters["basis"].to(dtype)}
 
     def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`."""
+        """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`.
+
+        Masked classes are left out here, once, since that copies the basis; `is_open` then says which are not masked.
+        """
         if "projection" in parameters:
             return dict(parameters)
         prepared = self.prepare(parameters)
+        is_open = prepared["mean"] != -torch.inf
+        if not bool(is_open.all()):
+            index = _as_index(is_open)
+            kept = {name: prepared[name][..., index] for name in _PER_CLASS}
+            prepared = {**prepared, **kept, "is_open": is_open}
         return {**prepared, **encoding_parameters(prepared)}
 
     def encode(self, logits: Logits, parameters: Mapping[str, Tensor]) -> UInt16[Tensor, "row column"]:
@@ -316,7 +324,8 @@ class SpectralCodec:
         check_logits(logits, self.num_classes)
         check_codes(codes, self)
         with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
-            opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
+            kept = self.prepare_to_encode(parameters)
+            opened = _opened(logits, kept)
             _check_values(opened)
             rows = self._rows(opened, kept)
             steps = kept["steps"][codes[:, -1].to(torch.int64).clamp(max=NUM_LEVELS - 1)][:, None]
@@ -328,7 +337,8 @@ class SpectralCodec:
     ) -> tuple[Tensor, RowErrors | None]:
         check_logits(logits, self.num_classes)
         with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
-            opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
+            kept = self.prepare_to_encode(parameters)
+            opened = _opened(logits, kept)
             _check_values(opened)
             rows = self._rows(opened, kept)
             coordinates, levels = rows.coordinates(), self._levels(rows, kept)
@@ -420,8 +430,8 @@ class SpectralCodec:
     def _fitted_step(self, held_out: Logits, parameters: Mapping[str, Tensor], spread: float) -> float:
         """Find the step with which the guard, once it has refined the worst rows, leaves the mean just met."""
         target, step = self.max_kl or DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
-        opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
-        rows = self._rows(opened, kept)
+        kept = self.prepare_to_encode(self._with_step(parameters, step))
+        rows = self._rows(_opened(held_out, kept), kept)
         coordinates, levels = rows.coordinates(), self._levels(rows, kept)
         for _ in range(_STEP_ROUNDS):
             steps = self._steps(step).to(coordinates.device)[levels][:, None]
@@ -435,23 +445,6 @@ class SpectralCodec:
             step *= min(max((_AIM * target / measured) ** 0.5, 1 / 64), 64.0)
             step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
-
-    def _opened(self, logits: Logits, parameters: Mapping[str, Tensor]) -> tuple[Logits, dict[str, Tensor]]:
-        """Leave masked classes out of logits and parameters."""
-        masked = parameters["mean"] == -torch.inf
-        if not bool(masked.any()):
-            return logits, dict(parameters)
-        kept = {name: value[..., ~masked] if name in _PER_CLASS else value for name, value in parameters.items()}
-        if isinstance(logits, HeadLogits):
-            return logits.of_classes(~masked), kept
-        wrong = ((logits == -torch.inf) != masked).any(dim=1)
-        if bool(wrong.any()):
-            raise CodecError(
-                f"Row {int(wrong.nonzero()[0])} masks other classes (-inf) than the pilot did, and the spectral codec "
-                "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. "
-                "None of these rows was encoded."
-            )
-        return logits[:, ~masked], kept
 
     def _rows(self, logits: Logits, parameters: Mapping[str, Tensor]) -> SpectralRows:
         """Choose the way in: hidden states as they are where they serve, rows of logits else."""
@@ -483,6 +476,31 @@ def _zigzag(values: Tensor) -> Tensor:
 def _unzigzag(bits: Tensor) -> Tensor:
     """Undo the zigzag on the bits of uint16 codes, in int16: four times faster than in int32."""
     return ((bits >> 1) & 0x7FFF) ^ -(bits & 1)
+
+
+def _opened(logits: Logits, parameters: Mapping[str, Tensor]) -> Logits:
+    """Leave masked classes out of logits; rows that mask others are refused."""
+    if "is_open" not in parameters:
+        return logits
+    is_open = parameters["is_open"]
+    if isinstance(logits, HeadLogits):
+        return logits.of_classes(is_open)
+    for block in row_blocks(*logits.shape, max_elements=_BLOCK_ELEMENTS):
+        wrong = ((logits[block] == -torch.inf) == is_open).any(dim=1)
+        if bool(wrong.any()):
+            raise CodecError(
+                f"Row {block.start + int(wrong.nonzero()[0])} masks other classes (-inf) than the pilot did, and the "
+                "spectral codec keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. "
+                "None of these rows was encoded."
+            )
+    return logits[:, _as_index(is_open)]
+
+
+def _as_index(is_open: Tensor) -> slice | Tensor:
+    """Give the classes that are not masked: a slice where they stand together, since picking others copies them."""
+    places = is_open.nonzero()[:, 0]
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first + 1 == len(places) else places
 
 
 def _of_classes(logits: Logits, index: Tensor) -> Logits:
