@@ -166,7 +166,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
                 num_timed_rows += len(piece)
             collected.add(piece.hidden if isinstance(piece, HeadLogits) else piece)
             kept.add(key, piece)
-        logits = collected.rows() if head is None else HeadLogits(collected.rows(), head)
+        logits = collected.logits(head)
     chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     forecast = TeacherForecast(
