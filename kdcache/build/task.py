@@ -45,7 +45,7 @@ from kdcache.codecs import (
     parameters_to,
     scaled_bounds,
 )
-from kdcache.codecs.base import row_blocks
+from kdcache.codecs.base import row_blocks, rows_of_codes
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.guard import breach_of_target, guarded_kl
 from kdcache.codecs.head_logits import Logits, on_device
@@ -227,8 +227,7 @@ def _bounded_certificate(divergences: Tensor, scaled: Tensor, error_ranges: Tens
 def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
     """Measure KL [row, temperature] at the ladder, on all rows or evenly spread ones."""
     rows = _measured_rows(logits)
-    chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
-    return measure_codes(decoder, logits[rows], chosen, LADDER)
+    return measure_codes(decoder, logits[rows], rows_of_codes(codes, rows), LADDER)
 
 
 def _measured_rows(logits: Logits) -> Tensor:
