@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.build import Forecast, TeacherForecast
+from kdcache.build.candidates import MIN_ROWS_FOR_BASIS
 from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_codes, spectral_parameter_bytes
 from kdcache.build.pilot import RatePoint
-from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
 from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK
 from kdcache.report import RatePoints, rate_curves
