@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Forecast", "RatePoint", "TeacherForecast", "pilot_batches", "run_pilot"]
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kdcache.build.candidates import Candidate
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
-from kdcache.build.rate_control import Candidate, choose_codec
+from kdcache.build.rate_control import choose_codec
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.spool import PilotLogits
 from kdcache.build.work import StoredTeacher
@@ -132,11 +134,15 @@ class Pilot:
 
 
 def pilot_batches(row_map: RowMap, num_pilot_rows: int) -> list[BatchKey]:
-    """Choose whole batches of the first view, spread evenly over the transfer set, with about `num_pilot_rows` rows."""
+    """Choose whole batches, spread evenly over the transfer set, with about `num_pilot_rows` rows; views take turns.
+
+    No example is in it twice, so that what is held out is of other examples than what codecs are fitted to.
+    """
     rows_per_batch = max(1, row_map.plan.cache.num_rows // row_map.num_batches)
     count = min(row_map.num_batches, -(-num_pilot_rows // rows_per_batch))
     chosen = np.unique(np.linspace(0, row_map.num_batches - 1, count).round().astype(int))
-    return [BatchKey(0, int(index)) for index in chosen]
+    views = itertools.cycle(range(row_map.plan.cache.num_views))
+    return [BatchKey(view_index, int(index)) for view_index, index in zip(views, chosen, strict=False)]
 
 
 @torch.inference_mode()
@@ -166,7 +172,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
                 num_timed_rows += len(piece)
             collected.add(piece.hidden if isinstance(piece, HeadLogits) else piece)
             kept.add(key, piece)
-        logits = collected.rows() if head is None else HeadLogits(collected.rows(), head)
+        logits = collected.logits(head)
     chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     forecast = TeacherForecast(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["advice", "forecast_as_json", "plot_forecast", "print_forecast"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.build import Forecast, TeacherForecast
+from kdcache.build.candidates import MIN_ROWS_FOR_BASIS
 from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_codes, spectral_parameter_bytes
 from kdcache.build.pilot import RatePoint
-from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
 from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK
 from kdcache.report import RatePoints, rate_curves
@@ -256,7 +256,7 @@ def _break_even(forecast: Forecast, item: TeacherForecast) -> dict[str, int | No
 def _paid_back(forecast: Forecast) -> Table:
     found = {item.name: _break_even(forecast, item) for item in forecast.teachers}
     paid = {name: counts for name, counts in found.items() if counts}
-    columns = list(next(iter(paid.values())))
+    columns = list(dict.fromkeys(column for counts in paid.values() for column in counts))
     table = Table(
         "teacher",
         *columns,
@@ -266,9 +266,15 @@ def _paid_back(forecast: Forecast) -> Table:
         pad_edge=False,
     )
     for name, counts in paid.items():
-        cells = ("never" if counts[column] is None else f"{counts[column]:,}" for column in columns)
-        table.add_row(escape(name), *cells)
+        table.add_row(escape(name), *(_break_even_in_words(counts, column) for column in columns))
     return table
+
+
+def _break_even_in_words(counts: Mapping[str, int | None], column: str) -> str:
+    if column not in counts:
+        return "-"  # not measured: the codec cannot hold this teacher's logits
+    count = counts[column]
+    return "never" if count is None else f"{count:,}"
 
 
 def _grouped_advice(forecast: Forecast) -> Iterator[str]:

@@ -7,6 +7,7 @@ __all__ = [
     "TORCH_DTYPES",
     "Codec",
     "Decoder",
+    "LogitCodec",
     "MeasuringCodec",
     "StorageDtype",
     "block_elements",
@@ -17,6 +18,7 @@ __all__ = [
     "checked_temperature",
     "parameters_to",
     "row_blocks",
+    "rows_of_codes",
 ]
 
 import math
@@ -159,6 +161,31 @@ class Codec(Protocol):
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""
+
+
+class LogitCodec:
+    """What codecs have in common whose decoded logits serve every temperature, and whose parameters need no preparing.
+
+    A codec that works faster on other parameters overrides how they are prepared.
+    """
+
+    @property
+    def depends_on_temperature(self) -> bool:
+        """False: the logits serve every temperature."""
+        return False
+
+    @property
+    def is_normalised(self) -> bool:
+        """False: decoded logits are softened by a softmax."""
+        return False
+
+    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
 
 
 @runtime_checkable
@@ -323,6 +350,11 @@ def row_blocks(num_rows: int, num_columns: int, *, max_elements: int = BLOCK_ELE
     step = max(1, max_elements // max(1, num_columns))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def rows_of_codes(codes: Shaped[Tensor, "row column"], rows: Tensor) -> Shaped[Tensor, "row column"]:
+    """Take some rows of codes, by their numbers; torch indexes no uint16."""
+    return codes.view(torch.int16)[rows].view(torch.uint16) if codes.dtype == torch.uint16 else codes[rows]
 
 
 def checked_temperature(temperature: float | Tensor) -> float:

@@ -81,6 +81,11 @@ class Head:
         """Give the head of some classes: a slice, their numbers, or a mask."""
         return Head(self.weight[index], None if self.bias is None else self.bias[index])
 
+    def to(self, device: torch.device | str) -> Head:
+        """Give the head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return self if self.weight.device == torch.device(device) else Head(self.weight.to(device), bias)
+
     def logits(
         self, hidden: Float[Tensor, "row component"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "row class"]:
@@ -198,6 +203,4 @@ def on_device(logits: Logits, device: torch.device | str) -> Logits:
         return logits.to(device)
     if logits.device == torch.device(device):
         return logits
-    bias = logits.head.bias
-    head = Head(logits.head.weight.to(device), None if bias is None else bias.to(device))
-    return HeadLogits(logits.hidden.to(device), head)
+    return HeadLogits(logits.hidden.to(device), logits.head.to(device))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_caches import OPTIONS, TinyTeacher, build_tiny, files_of, tiny_teachers, tiny_transfer_set
 
 from kdcache import Codes, Lossless, TopK, plan_cache
@@ -50,10 +51,18 @@ def test_sequences_count_their_rows():
     assert chosen(20, transfer_set=tiny_transfer_set(num_rows=[5] * 40)) == [0]
 
 
-def test_the_pilot_is_of_the_first_view():
+def test_the_pilots_batches_take_the_views_in_turn_and_no_example_twice():
     views = Views(transform=lambda value, _: value, num_views=3, name="same")
     inputs = inputs_of(tiny_transfer_set(views=views))
-    assert {key.view_index for key in pilot_batches(inputs.row_map, 20)} == {0}
+    assert pilot_batches(inputs.row_map, 20) == [(0, 0), (1, 2), (2, 4), (0, 7), (1, 9)]
+
+
+def test_batches_of_other_views_that_a_pilot_kept_are_those_of_their_view(tmp_path):
+    shifted = Views(transform=lambda value, generator: value + float(generator.normal()), num_views=2, name="shift")
+    cache = build_tiny(tmp_path / "cache", tiny_transfer_set(views=shifted), {"a": TinyTeacher()})
+    inputs = [tiny_transfer_set(views=shifted).read_inputs(range(40), view_index=index) for index in range(2)]
+    found = [cache.read(range(40), view_index=index).logits()[:, 0] for index in range(2)]
+    torch.testing.assert_close(torch.stack(found), TinyTeacher()(torch.stack(inputs)).detach())
 
 
 def test_the_codec_is_fitted_to_the_pilots_logits():

@@ -58,6 +58,39 @@ def test_a_budget_of_bytes_is_kept(tmp_path):
     assert 10 < found.bytes_per_row + found.parameter_bytes / 3000 <= 20
 
 
+def test_a_basis_that_is_chosen_for_a_budget_has_a_target_and_keeps_it(tmp_path):
+    cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, bytes_per_row=20)
+    codec = cache.teachers["a"].codec
+    assert (codec.kind, codec.rank, codec.step) == ("spectral", 6, None)
+    certificate = cache.certificate(1.0)
+    assert certificate.mean_kl <= codec.max_kl
+    assert certificate.max_kl <= certificate.kl_bound <= 2 * codec.max_kl
+
+
+def test_where_a_basis_takes_most_of_a_budget_smaller_ones_are_measured_too(tmp_path):
+    few = TransferSet.from_arrays(hidden(300) * torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02]))
+    points = chosen(tmp_path, few, bytes_per_row=45).points
+    assert {6, 3} <= {point.codec.rank for point in points if isinstance(point.codec, Spectral)}
+
+
+def test_a_generous_budget_leaves_room_for_rows_that_lie_further_out(tmp_path):
+    cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, bytes_per_row=500, num_pilot_rows=128)
+    assert cache.certificate(1.0).kl_bound <= 1e-3
+
+
+def test_where_a_basis_takes_little_of_a_budget_it_is_not_cut(tmp_path):
+    points = chosen(tmp_path, bytes_per_row=20).points
+    assert {point.codec.rank for point in points if isinstance(point.codec, Spectral)} == {6}
+
+
+def test_as_many_classes_are_kept_as_a_budget_allows(tmp_path):
+    points = [point for point in chosen(tmp_path, bytes_per_row=200).points if isinstance(point.codec, TopK)]
+    within = [point for point in points if point.bytes_over(3000) <= 200 * 3000]
+    most = max(within, key=lambda point: point.codec.k)
+    assert most.codec.k > 64
+    assert most.bytes_over(3000) > 0.8 * 200 * 3000
+
+
 def test_a_sampled_tail_is_no_candidate_because_its_kl_leaves_out_the_tail(tmp_path):
     tails = {point.codec.tail for point in chosen(tmp_path, bytes_per_row=30).points if isinstance(point.codec, TopK)}
     assert tails == {"class-means"}

@@ -13,7 +13,7 @@ import pytest
 from kdcache import cli
 from kdcache.cli.forecast import advice
 
-SOURCES = """
+SOURCES = '''
 import torch
 from torch import nn
 
@@ -29,7 +29,16 @@ def teacher(seed, num_classes=40):
     made = nn.Linear(4, num_classes)
     nn.init.normal_(made.weight, std=2)
     return made
-"""
+
+
+def masking_teacher(seed):
+    """Masks a class by a large number, which uint8 codes do not reach."""
+    made = teacher(seed, num_classes=80)
+    with torch.no_grad():
+        made.weight[3] = 0
+        made.bias[3] = -2000
+    return made
+'''
 
 JOB = """
 name = "tiny"
@@ -146,6 +155,27 @@ def test_one_codec_alone_makes_no_second_table(job, plan):
 
 def test_the_break_even_is_shown(plan):
     assert "break-even rows of the basis against" in plan().said
+
+
+SECOND_TEACHER = JOB[JOB.index("[[teachers]]") :].replace('"a"', '"b"')
+
+
+@pytest.mark.parametrize("masking", ["a", "b"])
+def test_a_break_even_that_one_of_several_teachers_has_not_is_a_dash(job, plan, masking):
+    change(job, "seed = 0", "seed = 0, num_classes = 80")
+    job.write_text(job.read_text() + SECOND_TEACHER.replace("seed = 0", "seed = 1, num_classes = 80"))
+    head, name, tail = job.read_text().partition(f'name = "{masking}"')
+    tail = tail.replace("sources:teacher", "sources:masking_teacher", 1).replace(", num_classes = 80", "", 1)
+    job.write_text(head + name + tail)
+    ended = plan()
+    assert (ended.code, ended.err) == (0, "")
+    cells = {line.split()[0]: line.split()[-1] for line in break_even_lines(ended.out)}
+    assert {name: cell == "-" for name, cell in cells.items()} == {"a": masking == "a", "b": masking == "b"}
+
+
+def break_even_lines(out: str) -> list[str]:
+    lines = out[out.index("break-even rows") :].splitlines()
+    return [line for line in lines if line.split()[:1] in (["a"], ["b"])]
 
 
 def test_advice_is_shown(job, plan):

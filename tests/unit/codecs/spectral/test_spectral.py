@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.codecs import Decoder, SpectralCodec, codec_for, fitted_codec, measure, parameters_to
 from kdcache.codecs.divergence import divergences
@@ -111,6 +112,40 @@ def test_a_row_that_masks_other_classes_is_refused_by_number():
     rows[7, 3] = -torch.inf
     with pytest.raises((CodecError, NonFiniteLogitsError), match="Row 7"):
         decoder.encode(rows)
+
+
+class Picked(TorchDispatchMode):
+    """Notes the shape of everything that is picked out of a tensor by index, which copies it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in {torch.ops.aten.index, torch.ops.aten.index_select}:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def picked_to_encode_again(masked):
+    decoder = fitted(Spectral(max_kl=0.01), PILOT.masked_fill(masked, -torch.inf))
+    rows = LATER.masked_fill(masked, -torch.inf)
+    decoder.encode(rows)
+    with Picked() as picked:
+        decoder.encode(rows)
+    return picked.shapes
+
+
+@pytest.mark.parametrize("last", [3, 150], ids=["masked from the first on", "masked in the middle"])
+def test_the_basis_without_masked_classes_is_made_once(last):
+    masked = (torch.arange(300) < last) & (torch.arange(300) >= last - 3)
+    assert (12, 297) not in picked_to_encode_again(masked)
+
+
+def test_classes_that_stand_together_are_taken_from_the_logits_without_a_copy():
+    assert (300, 297) not in picked_to_encode_again(torch.arange(300) >= 297)
+    assert (300, 297) in picked_to_encode_again(torch.arange(300) % 100 == 50)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
