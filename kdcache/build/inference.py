@@ -66,6 +66,11 @@ class Inputs:
         self._check_input(int(indices[key.batch_index % len(indices)]))
         return self.transfer_set.read_inputs(indices, view_index=key.view_index)
 
+    def name_row(self, view_index: int, row: int) -> str:
+        """Say which example a row of a view's block is of."""
+        index = self.row_map.example_at(row)
+        return f"example {self.transfer_set.example_id(index)!r} (position {index}, view {view_index})"
+
     def _check_input(self, index: int) -> None:
         digests = self.transfer_set.input_digests
         if digests is None or self.transfer_set.digest_of(index) == digests[index].tobytes():
@@ -125,10 +130,8 @@ class BatchLogits:
 
     def name_row(self, shard_index: int, row: int) -> str:
         """Say which example a row of a shard is of."""
-        row_map = self._inputs.row_map
-        view_index, first, _ = row_map.shard_rows(shard_index)
-        index = row_map.example_at(first + row)
-        return f"example {self._inputs.transfer_set.example_id(index)!r} (position {index}, view {view_index})"
+        view_index, first, _ = self._inputs.row_map.shard_rows(shard_index)
+        return self._inputs.name_row(view_index, first + row)
 
     def _logits(self, key: BatchKey, inputs: Any) -> Tensor:
         try:

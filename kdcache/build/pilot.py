@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.rate_control import Candidate, choose_codec
+from kdcache.build.refusals import naming_rows, refuse_probabilities
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.spool import PilotLogits
 from kdcache.build.work import StoredTeacher
@@ -150,6 +152,8 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
     ------
     NonFiniteLogitsError, WrongClassCountError, CodecError
         The teacher's logits cannot be cached; nothing has been written.
+    TeacherError
+        The teacher failed, or gives probabilities in place of logits.
     """
     plan = inputs.row_map.plan
     keys = pilot_batches(inputs.row_map, plan.num_pilot_rows)
@@ -167,7 +171,10 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
             collected.add(piece.hidden if isinstance(piece, HeadLogits) else piece)
             kept.add(key, piece)
         logits = collected.rows() if head is None else HeadLogits(collected.rows(), head)
-    chosen, candidates = choose_codec(logits, plan)
+        if isinstance(logits, Tensor):
+            refuse_probabilities(stored.name, logits)
+    with naming_rows(stored.name, lambda row: inputs.name_row(*_place_of(inputs.row_map, keys, row))):
+        chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     forecast = TeacherForecast(
         name=stored.name,
@@ -191,6 +198,16 @@ def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
 
 def _num_rows(row_map: RowMap, keys: list[BatchKey]) -> int:
     return sum(end - first for first, end in map(row_map.rows_of_batch, keys))
+
+
+def _place_of(row_map: RowMap, keys: list[BatchKey], row: int) -> tuple[int, int]:
+    """Give the view and the row of its block that a row of the pilot is."""
+    for key in keys:
+        first, end = row_map.rows_of_batch(key)
+        if row < end - first:
+            return key.view_index, first + row
+        row -= end - first
+    raise IndexError(row)
 
 
 class _Kept:

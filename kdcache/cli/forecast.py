@@ -17,7 +17,7 @@ from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_code
 from kdcache.build.pilot import RatePoint
 from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
-from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK
+from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK, codec_in_words
 from kdcache.report import RatePoints, rate_curves
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -163,7 +163,7 @@ def _choices(forecast: Forecast) -> Table:
         kl = _kl(item.certificate)
         table.add_row(
             escape(item.name),
-            _in_words(item.codec),
+            codec_in_words(item.codec),
             f"{item.bytes_per_row:,.4g}",
             readable_bytes(item.parameter_bytes),
             *(f"{mean:.2g}" for mean, _, _ in kl.values()),
@@ -202,7 +202,7 @@ def _measured(forecast: Forecast) -> Table:
         for index, point in enumerate(sorted(item.points, key=lambda point: point.bytes_per_row)):
             table.add_row(
                 "" if index else escape(item.name),
-                _in_words(point.codec),
+                codec_in_words(point.codec),
                 f"{point.bytes_per_row:,.4g}",
                 readable_bytes(point.bytes_over(forecast.num_stored_rows)),
                 *(f"{mean:.2g}" for mean, _, _ in _kl(point.certificate).values()),
@@ -210,21 +210,6 @@ def _measured(forecast: Forecast) -> Table:
                 style="bold" if point.is_choice else None,
             )
     return table
-
-
-def _in_words(spec: CodecSpec) -> str:
-    if isinstance(spec, Spectral):
-        how = f"step {spec.step:.3g}" if spec.step is not None else f"max_kl {spec.max_kl or 0.01:.3g}"
-        return f"basis of {spec.rank}, {how}"
-    if isinstance(spec, Codes):
-        return f"{spec.dtype} codes" + (", uniform" if spec.spacing == "uniform" else "") + _target(spec.max_kl)
-    if isinstance(spec, TopK):
-        return f"top-{spec.k}, tail {spec.tail}" + _target(spec.max_kl)
-    return f"{spec.kind} {spec.dtype}"
-
-
-def _target(max_kl: float | None) -> str:
-    return "" if max_kl is None else f", max_kl {max_kl:.3g}"
 
 
 def _basis_point(item: TeacherForecast) -> RatePoint | None:
@@ -308,4 +293,4 @@ def _drawn(point: RatePoint) -> RatePoints:
 def _series(spec: CodecSpec) -> str:
     if isinstance(spec, Spectral):
         return "basis"
-    return f"top-k, tail {spec.tail}" if isinstance(spec, TopK) else _in_words(spec)
+    return f"top-k, tail {spec.tail}" if isinstance(spec, TopK) else codec_in_words(spec)
