@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
+from kdcache.build.masks import count_other_masks
 from kdcache.build.rate_control import Candidate, choose_codec
 from kdcache.build.refusals import naming_rows, refuse_probabilities
 from kdcache.build.rows import BatchKey, RowMap
@@ -75,6 +76,8 @@ class TeacherForecast:
         Measured in this process.
     points : tuple of RatePoint
         Every codec that was measured, the one chosen among them; of a plan also other steps of its basis.
+    num_other_masks : int
+        Rows of the pilot that mask (-inf) other classes than most of its rows do.
     """
 
     name: str
@@ -86,6 +89,7 @@ class TeacherForecast:
     inference_seconds_per_row: float
     encode_seconds_per_row: float
     points: tuple[RatePoint, ...]
+    num_other_masks: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
         inference_seconds_per_row=inference_seconds / max(1, num_timed_rows),
         encode_seconds_per_row=chosen.encode_seconds_per_row,
         points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
+        num_other_masks=count_other_masks(logits) if isinstance(logits, Tensor) else 0,
     )
     return Pilot(chosen.codec, dict(chosen.parameters), forecast, kept.logits)
 

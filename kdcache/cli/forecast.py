@@ -16,8 +16,17 @@ from kdcache.build import Forecast, TeacherForecast
 from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_codes, spectral_parameter_bytes
 from kdcache.build.pilot import RatePoint
 from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
-from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
-from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK, codec_in_words
+from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say, sizes_in_words
+from kdcache.documents import (
+    CertificateDocument,
+    CodecSpec,
+    Codes,
+    Lossless,
+    RateTarget,
+    Spectral,
+    TopK,
+    codec_in_words,
+)
 from kdcache.report import RatePoints, rate_curves
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -102,10 +111,13 @@ def print_forecast(forecast: Forecast, *, json: bool) -> None:
         console.print(_paid_back(forecast))
     for sentence in _grouped_advice(forecast):
         say(escape(sentence))
-    say(
-        f"forecast: {readable_bytes(forecast.num_bytes)} and {readable_seconds(forecast.seconds)} in this process; "
-        "nothing was written"
+    sizes = sizes_in_words(
+        codes=forecast.num_bytes - sum(item.parameter_bytes for item in forecast.teachers),
+        parameters=sum(item.parameter_bytes for item in forecast.teachers),
+        num_rows=forecast.num_stored_rows,
+        num_teachers=max(1, len(forecast.teachers)),
     )
+    say(f"forecast: {sizes}; {readable_seconds(forecast.seconds)} in this process; nothing was written")
 
 
 def forecast_as_json(forecast: Forecast) -> dict[str, Any]:
@@ -278,6 +290,13 @@ def _advice_of(forecast: Forecast, item: TeacherForecast) -> tuple[str, ...]:
     )
     if isinstance(planned, Codes | Lossless) and cache.num_classes >= MANY_CLASSES:
         found += ("Many classes: --max-kl 0.01, say, measures whether a basis takes less.",)
+    if isinstance(planned, RateTarget) and item.num_other_masks:
+        told = (
+            f"Masks differ: {item.num_other_masks:,} of {item.num_pilot_rows:,} rows of the pilot mask (-inf) other "
+            "classes than most rows do. A basis and class means keep one mask for all rows, so that only codecs of a "
+            "byte a class and more are left. Mask the same classes in every row, or none, where the teacher allows it."
+        )
+        found += (told,)
     return found
 
 
