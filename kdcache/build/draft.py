@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "make_draft"]
+__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "as_codec", "make_draft"]
 
 import math
 import operator
@@ -61,7 +61,7 @@ class PlanOptions:
     add_teachers: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "codec", _as_codec(self.codec))
+        object.__setattr__(self, "codec", as_codec(self.codec))
         given = [name for name in ("codec", "max_kl", "bytes_per_row") if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionError(f"{' and '.join(given)} exclude each other: give one of them. Nothing was written")
@@ -155,7 +155,7 @@ def _is_complete(store: CacheStore, plan: PlanDocument) -> bool:
     return expected <= standing and store.index_digest() == complete.index_digest
 
 
-def _as_codec(value: Any) -> PlannedCodec | None:
+def as_codec(value: Any) -> PlannedCodec | None:
     """Give a codec spec; a mapping is read as a job file's `codec` table is."""
     if value is None or isinstance(value, SPECS):
         return cast("PlannedCodec | None", value)

@@ -127,7 +127,8 @@ class RateTarget(Document):
     until they do; `codes` and `topk`, which refuse rows that do not, are chosen only where no held-out row exceeds the
     target itself."""
     bytes_per_row: Annotated[float, Field(gt=0)] | None = None
-    """The most faithful cache of at most so many bytes a row, the codec's own parameters included."""
+    """The most faithful cache of at most so many bytes a row, the codec's own parameters included; what is kept once a
+    cache, ids and documents, is not."""
 
     @model_validator(mode="after")
     def _check(self) -> RateTarget:
