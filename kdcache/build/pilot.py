@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdcache.build.candidates import Candidate
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
+from kdcache.build.masks import count_other_masks
 from kdcache.build.rate_control import choose_codec
+from kdcache.build.refusals import naming_rows, refuse_probabilities
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.spool import PilotLogits
 from kdcache.build.work import StoredTeacher
@@ -75,6 +78,8 @@ class TeacherForecast:
         Measured in this process.
     points : tuple of RatePoint
         Every codec that was measured, the one chosen among them; of a plan also other steps of its basis.
+    num_other_masks : int
+        Rows of the pilot that mask (-inf) other classes than most of its rows do.
     """
 
     name: str
@@ -86,6 +91,7 @@ class TeacherForecast:
     inference_seconds_per_row: float
     encode_seconds_per_row: float
     points: tuple[RatePoint, ...]
+    num_other_masks: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,8 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
     ------
     NonFiniteLogitsError, WrongClassCountError, CodecError
         The teacher's logits cannot be cached; nothing has been written.
+    TeacherError
+        The teacher failed, or gives probabilities in place of logits.
     """
     plan = inputs.row_map.plan
     keys = pilot_batches(inputs.row_map, plan.num_pilot_rows)
@@ -173,7 +181,10 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
             collected.add(piece.hidden if isinstance(piece, HeadLogits) else piece)
             kept.add(key, piece)
         logits = collected.logits(head)
-    chosen, candidates = choose_codec(logits, plan)
+        if isinstance(logits, Tensor):
+            refuse_probabilities(stored.name, logits)
+    with naming_rows(stored.name, lambda row: inputs.name_row(*_place_of(inputs.row_map, keys, row))):
+        chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     forecast = TeacherForecast(
         name=stored.name,
@@ -185,6 +196,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
         inference_seconds_per_row=inference_seconds / max(1, num_timed_rows),
         encode_seconds_per_row=chosen.encode_seconds_per_row,
         points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
+        num_other_masks=count_other_masks(logits) if isinstance(logits, Tensor) else 0,
     )
     return Pilot(chosen.codec, dict(chosen.parameters), forecast, kept.logits)
 
@@ -197,6 +209,16 @@ def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
 
 def _num_rows(row_map: RowMap, keys: list[BatchKey]) -> int:
     return sum(end - first for first, end in map(row_map.rows_of_batch, keys))
+
+
+def _place_of(row_map: RowMap, keys: list[BatchKey], row: int) -> tuple[int, int]:
+    """Give the view and the row of its block that a row of the pilot is."""
+    for key in keys:
+        first, end = row_map.rows_of_batch(key)
+        if row < end - first:
+            return key.view_index, first + row
+        row -= end - first
+    raise IndexError(row)
 
 
 class _Kept:

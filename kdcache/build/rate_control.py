@@ -4,13 +4,14 @@ from __future__ import annotations
 
 __all__ = ["choose_codec"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
 from kdcache.build.budget import KEPT_CLASSES, bases_within, topk_within
-from kdcache.build.candidates import MIN_ROWS_FOR_BASIS, Candidate, attempt, fitted_rows, measure_codec
+from kdcache.build.candidates import MIN_ROWS_FOR_BASIS, Candidate, attempt, fitted_rows, held_out_rows, measure_codec
+from kdcache.build.refusals import counted_from, nothing_meets
 from kdcache.codecs import SpectralCodec, codec_for, fitted_codec
 from kdcache.codecs.guard import GUARD_FACTOR
 from kdcache.codecs.head_logits import HeadLogits, Logits
@@ -47,7 +48,8 @@ def choose_codec(logits: Logits, plan: PlanDocument) -> tuple[Candidate, list[Ca
     planned, cache = plan.codec, plan.cache
     if not isinstance(planned, RateTarget):
         codec, parameters = fitted_codec(planned, cache.num_classes, fitted_rows(logits))
-        only = measure_codec(codec, parameters, logits, plan)
+        with counted_from(len(logits) - len(held_out_rows(logits))):
+            only = measure_codec(codec, parameters, logits, plan)
         return only, [only]
     num_rows = cache.num_rows * cache.num_views
     found = list(_candidates(planned, logits, plan))
@@ -61,7 +63,7 @@ def choose_codec(logits: Logits, plan: PlanDocument) -> tuple[Candidate, list[Ca
         within = [item for item in found if item.bytes_over(num_rows) <= planned.bytes_per_row]
         if within:
             return min(within, key=lambda item: item.mean_kl), found
-    raise CodecError(_nothing_meets(planned, found, num_rows))
+    raise CodecError(nothing_meets(planned, [(item.codec.spec, item) for item in found], num_rows))
 
 
 def _candidates(target: RateTarget, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
@@ -125,14 +127,3 @@ def _guarded(candidate: Candidate, target: float) -> Candidate:
         return candidate  # a basis holds it already, and lossless needs none
     guarded = type(spec).make(**{**dict(spec), "max_kl": target})
     return replace(candidate, codec=codec_for(guarded, candidate.codec.num_classes))
-
-
-def _nothing_meets(target: RateTarget, found: Sequence[Candidate], num_rows: int) -> str:
-    measured = "; ".join(
-        f"{item.codec.spec.kind} {item.bytes_over(num_rows):.4g} bytes a row at KL {item.mean_kl:.2g}" for item in found
-    )
-    asked = f"max_kl={target.max_kl:g}" if target.max_kl is not None else f"bytes_per_row={target.bytes_per_row:g}"
-    return (
-        f"no codec reaches {asked} on the pilot's held-out rows. Measured: {measured or 'nothing could be coded'}. Ask "
-        "for less, or give a codec yourself. Nothing was written"
-    )

@@ -20,7 +20,6 @@ __all__ = [
 import functools
 import hashlib
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
+from kdcache.build.refusals import ROW
 from kdcache.build.rows import RowMap
 from kdcache.codecs import (
     BOUND_TEMPERATURES,
@@ -51,7 +51,7 @@ from kdcache.codecs.guard import breach_of_target, guarded_kl
 from kdcache.codecs.head_logits import Logits, on_device
 from kdcache.codecs.row_errors import RowErrors
 from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
-from kdcache.errors import CodecError, CorruptCacheError
+from kdcache.errors import CodecError, CorruptCacheError, NonFiniteLogitsError
 from kdcache.store import CacheStore
 
 HASHING_THREADS = 8
@@ -162,16 +162,13 @@ def _encoded(
     """Encode a shard's rows; a refusal says which example it is about, and what is kept."""
     try:
         return decoder.encode_measured(logits)
-    except CodecError as error:
-        named = _ROW.search(str(error))
-        about = f" Row {named[1]} is of {name_row(int(named[1]))}." if named and name_row else ""
-        raise CodecError(
+    except (CodecError, NonFiniteLogitsError) as error:
+        named = ROW.search(str(error))
+        about = f" Row {named[1]} of the shard is of {name_row(int(named[1]))}." if named and name_row else ""
+        raise type(error)(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} cannot be "
-            f"encoded. {error}{about} Rows count from the shard's first; shards that are published are kept"
+            f"encoded. {error}{about} Shards that are published are kept"
         ) from error
-
-
-_ROW = re.compile(r"\bRow (\d+)\b")
 
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:

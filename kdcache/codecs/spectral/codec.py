@@ -152,7 +152,10 @@ class SpectralCodec(LogitCodec):
             )
         masked = masked_classes(pilot)
         if int(masked.sum()) > num_classes - 2:
-            raise CodecError("Fewer than 2 classes are unmasked in the pilot: there is nothing to code.")
+            raise CodecError(
+                "Fewer than 2 classes are unmasked in the pilot: there is nothing to code. Look at the teacher's masks "
+                "(-inf), or use Codes() or Lossless(), which keep such rows."
+            )
         open_pilot = _of_classes(pilot, ~masked) if bool(masked.any()) else pilot
         _check_values(open_pilot)
         num_held_out = min(_MAX_HELD_OUT_ROWS, len(pilot) // 8)

@@ -1,6 +1,8 @@
 """Rate control: the codec is chosen from what was measured, and says what it came to."""
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from kdcache import open_cache, verify_cache
 from kdcache.build import build_cache, plan_cache
 from kdcache.build.plan import choose_layout
+from kdcache.build.refusals import nothing_meets
 from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
 from kdcache.errors import CodecError, DocumentError, OptionError
 from kdcache.store import CacheStore
@@ -102,8 +105,36 @@ def test_a_larger_budget_is_more_faithful(tmp_path):
 
 
 def test_a_budget_that_nothing_keeps_is_refused_with_what_was_measured(tmp_path):
-    with pytest.raises(CodecError, match=r"no codec reaches bytes_per_row=1 .* Measured: codes"):
+    with pytest.raises(CodecError, match="No codec reaches bytes_per_row=1 on the pilot's held-out rows") as caught:
         chosen(tmp_path, bytes_per_row=1)
+    lines = str(caught.value).split("\n")
+    assert re.fullmatch(r"  uint16 codes: \S+ bytes a row \(\S+ of codes and 87\.38 of parameters\) at .*", lines[2])
+    assert re.match(r"Ask for at least \d\.\d+ bytes a row, which the smallest .* takes, basis of 6, max_kl", lines[-1])
+
+
+def test_a_budget_that_parameters_alone_pass_says_so():
+    small = SimpleNamespace(bytes_per_row=3.0, parameter_bytes=1000, mean_kl=0.1)
+    large = SimpleNamespace(bytes_per_row=30.0, parameter_bytes=0, mean_kl=0.2)
+    said = nothing_meets(RateTarget(bytes_per_row=1.0), [(TopK(k=8), large), (Codes(), small)], 50)
+    assert (
+        "Ask for at least 23 bytes a row, which the smallest that was measured takes, uint8 codes (most of it " in said
+    )
+    assert "parameters: 1,000 bytes that only 50 rows share)" in said
+
+
+def test_what_a_refused_budget_is_told_to_ask_for_is_never_too_little():
+    small = SimpleNamespace(bytes_per_row=10.011, parameter_bytes=0, mean_kl=0.1)
+    assert "Ask for at least 10.1 bytes" in nothing_meets(RateTarget(bytes_per_row=1.0), [(Codes(), small)], 50)
+
+
+def test_a_target_that_nothing_reaches_asks_for_a_larger_one():
+    small = SimpleNamespace(bytes_per_row=3.0, parameter_bytes=0, mean_kl=0.1)
+    said = nothing_meets(RateTarget(max_kl=0.01), [(Codes(), small)], 50)
+    assert said.endswith("at a mean KL of 0.1\nAsk for a larger max_kl, or give a codec yourself.")
+
+
+def test_where_nothing_could_be_coded_there_is_nothing_to_ask_for():
+    assert "Nothing could be coded. Give a codec yourself." in nothing_meets(RateTarget(max_kl=0.01), [], 50)
 
 
 def test_the_whole_cache_meets_the_target_in_the_mean(tmp_path):
@@ -229,7 +260,7 @@ def test_a_row_unlike_the_pilot_that_codes_cannot_hold_stops_the_build_by_its_nu
     message = (
         r"shard 4 of teacher 'a' cannot be encoded\. Row 44 has a KL of .* where max_kl=0.0001 allows a row twice of it"
         r'.*At a new address, use Codes\(dtype="uint16"\) .*'
-        r"Row 44 is of example 300 \(position 300, view 0\).*count from the shard.*published are kept"
+        r"Row 44 of the shard is of example 300 \(position 300, view 0\).*published are kept"
     )
     with pytest.raises(CodecError, match=message):
         narrow(tmp_path, far_row=300)

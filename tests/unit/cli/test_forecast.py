@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,16 @@ from kdcache import TransferSet
 
 def transfer_set():
     return TransferSet.from_arrays(torch.randn(400, 4, generator=torch.Generator().manual_seed(0)))
+
+
+class Masking(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs).masked_fill((inputs[:, :1] > 1.5) & (torch.arange(40) == 3), -torch.inf)
+
+
+def masking():
+    torch.manual_seed(0)
+    return Masking(4, 40)
 
 
 def teacher(seed, num_classes=40):
@@ -195,6 +206,19 @@ def test_many_classes_under_codes_are_told_of_max_kl(job, plan):
     change(job, "max_kl = 0.01", 'codec = { kind = "codes" }')
     change(job, "seed = 0", "seed = 0, num_classes = 300")
     assert "Many classes: --max-kl 0.01" in plan().said
+
+
+def test_masks_that_differ_are_told_to_leave_only_codecs_of_a_byte_a_class(job, plan):
+    change(job, "forecast_sources:teacher", "forecast_sources:masking")
+    change(job, "arguments = { seed = 0 }", "")
+    said = plan().said
+    assert re.search(
+        r"Masks differ: [1-9]\d? of 400 rows of the pilot mask \(-inf\) other classes than most rows do", said
+    )
+
+
+def test_rows_that_mask_alike_are_told_nothing(plan):
+    assert "Masks differ" not in plan().said
 
 
 # as JSON --------------------------------------------------------------------------------------------------------------
