@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import Head, HeadLogits
-from kdcache.codecs.precision import factor_rounding, sum_rounding
+from kdcache.codecs.precision import factor_rounding, keeps_float32, sum_rounding
 from kdcache.codecs.row_errors import ErrorSums, RowErrors
 from kdcache.codecs.spectral.rows import PRECISE_CLASSES, SMALLEST_QUICK_KL, MadeRows, class_blocks, felt, in_blocks
 
@@ -66,8 +66,8 @@ class PreparedHead:
         The basis in the precision of the products that measure.
     longest : float
         Largest length of a class's column of the basis.
-    longest_weight : float
-        Largest length of a class's row of the head.
+    largest_weights : Tensor [component of the head]
+        float64, largest magnitude over classes of each hidden unit's weight.
     largest_bias : float
         Largest magnitude of the head's bias.
     projection : Tensor [component, component]
@@ -90,7 +90,7 @@ class PreparedHead:
     origin: Float64[Tensor, " component"]
     noise_basis: Float[Tensor, "component class"]
     longest: float
-    longest_weight: float
+    largest_weights: Float64[Tensor, " hidden"]
     largest_bias: float
     projection: Float64[Tensor, "component component"]
     scales: Float64[Tensor, " hidden"]
@@ -115,7 +115,7 @@ class PreparedHead:
         num_classes, num_hidden = head.weight.shape
         turn = torch.zeros(num_hidden, len(basis), dtype=torch.float64, device=basis.device)
         origin, scales = turn.new_zeros(len(basis)), turn.new_zeros(num_hidden)
-        longest, longest_weight = 0.0, 0.0
+        largest_weights, longest = torch.zeros_like(scales), 0.0
         for block in class_blocks(num_classes):
             weighted = basis[:, block].float() * weights[block]
             columns = _columns_of(head, block)
@@ -123,7 +123,7 @@ class PreparedHead:
             scales += columns.square() @ weights[block].double()
             origin += weighted.double() @ (_bias_of(head, block) - mean[block].double())
             longest = max(longest, float(basis[:, block].float().norm(dim=0).amax()))
-            longest_weight = max(longest_weight, float(head.weight[block].double().norm(dim=1).amax()))
+            largest_weights = torch.maximum(largest_weights, head.weight[block].double().abs().amax(dim=0))
         turn, origin = turn @ parameters["projection"], origin @ parameters["projection"]
         scales = torch.where(scales > 0, scales.sqrt(), 1.0)
         residual = _Residual.of(head, parameters, turn, origin, scales)
@@ -134,7 +134,7 @@ class PreparedHead:
             origin=origin,
             noise_basis=basis.to(_noise_dtype(head.weight)),
             longest=longest,
-            longest_weight=longest_weight,
+            largest_weights=largest_weights,
             largest_bias=0.0 if head.bias is None else float(head.bias.abs().amax()),
             projection=parameters["projection"],
             scales=scales,
@@ -283,10 +283,10 @@ class HeadRows:
 
         Factors of 16 bits are exact; those of float32 are rounded where torch may take TF32 or bfloat16 for them.
         """
-        unit = factor_rounding(torch.float32, self.device) if dtype == torch.float32 else 0.0
-        deviation = (2 / 3) ** 0.5 * unit * self.prepared.longest_weight
-        bias = sum_rounding(dtype, self.device) * self.prepared.largest_bias
-        margin: Tensor = 6 * deviation * hidden.double().abs().amax(dim=1) + bias
+        is_exact = dtype != torch.float32 or keeps_float32(self.device)
+        unit = 0.0 if is_exact else factor_rounding(dtype, self.device)
+        deviation = (2 / 3) ** 0.5 * unit * (hidden.double() * self.prepared.largest_weights).norm(dim=1)
+        margin: Tensor = 6 * deviation + sum_rounding(dtype, self.device) * self.prepared.largest_bias
         return margin
 
 

@@ -17,11 +17,18 @@ HELD = (1.0, 2.0, 4.0)
 EVERY_WAY = [
     Codes(),
     Lossless(),
-    Lossless(dtype="bfloat16"),
     Spectral(max_kl=0.02),
     TopK(k=16),
     RateTarget(max_kl=0.02),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _in_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def teacher() -> TeacherWithHead:
