@@ -5,7 +5,7 @@ Everything is measured, on the rows on which a basis finds its step; what was fo
 
 from __future__ import annotations
 
-__all__ = ["KEPT_CLASSES", "bases_within", "topk_within"]
+__all__ = ["KEPT_CLASSES", "RANK_DIVISORS", "bases_within", "topk_within"]
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,13 +21,15 @@ from kdcache.errors import CodecError
 KEPT_CLASSES = (8, 16, 32, 64)
 """Of topk with class means: the KL of a sampled tail leaves out how the tail is shared."""
 
+RANK_DIVISORS = (2, 4)
+"""Parts of a rank that are measured too where the parameters are dear."""
+
 _FINEST, _COARSEST = 1e-6, 1.0  # nats
 _LEAST_CHOSEN = 1e-5
 _ROOM = 16.0  # over a target that could not be met: rows may lie four times further out than those searched on
 _ROUNDS = 9  # halvings of the logarithm: to 3% of the target, which is about a hundredth of the bytes
 _RETRIES = 4
 _COARSER = 1.1  # a target so much larger takes about a hundredth fewer bytes
-_RANK_DIVISORS = (2, 4)
 _LARGE_SHARE = 0.25
 _INTERPOLATIONS = 3
 _MOST_KEPT_CLASSES = 4096
@@ -61,7 +63,7 @@ def bases_within(budget: float, logits: Logits, plan: PlanDocument) -> Iterator[
     rank = full.codec.num_columns - 1
     if full.parameter_bytes <= _LARGE_SHARE * budget * _num_rows(plan):
         return
-    for divisor in _RANK_DIVISORS:
+    for divisor in RANK_DIVISORS:
         cut = attempt(Spectral(max_kl=_COARSEST, rank=rank // divisor), logits, plan) if rank >= divisor else None
         found = None if cut is None else _within(budget, cut, logits, plan)
         if found is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from kdcache.build.budget import KEPT_CLASSES, bases_within, topk_within
+from kdcache.build.budget import KEPT_CLASSES, RANK_DIVISORS, bases_within, topk_within
 from kdcache.build.candidates import MIN_ROWS_FOR_BASIS, Candidate, attempt, fitted_rows, held_out_rows, measure_codec
 from kdcache.build.refusals import counted_from, nothing_meets
 from kdcache.codecs import SpectralCodec, codec_for, fitted_codec
@@ -100,10 +100,15 @@ def _plain_specs(dtype: torch.dtype) -> list[CodecSpec]:
 
 
 def _bases(max_kl: float, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
-    """Fit a basis; one that holds the rounding of 16-bit logits too, where a target lies below it and it can."""
+    """Fit a basis; smaller ones too, where it outweighs its rows, and one that holds the rounding of 16-bit logits too.
+
+    Half and a quarter of the rank often hold a target as well, where logits are not of low rank and rows are few. The
+    rounding matters where a target lies below it.
+    """
     found = attempt(Spectral(max_kl=max_kl), logits, plan)
     if found is not None:
         yield found
+        yield from _smaller(found, max_kl, logits, plan)
     is_met = found is not None and _meets(found, max_kl)
     num_classes = plan.cache.num_classes
     if is_met or isinstance(logits, HeadLogits):  # whose basis spans all that the head can give
@@ -112,6 +117,18 @@ def _bases(max_kl: float, logits: Logits, plan: PlanDocument) -> Iterator[Candid
         exact = attempt(Spectral(max_kl=max_kl, rank=num_classes - 1), logits, plan)
         if exact is not None:
             yield exact
+
+
+def _smaller(full: Candidate, max_kl: float, logits: Logits, plan: PlanDocument) -> Iterator[Candidate]:
+    num_rows = plan.cache.num_rows * plan.cache.num_views
+    if full.parameter_bytes <= full.bytes_per_row * num_rows:
+        return
+    for divisor in RANK_DIVISORS:
+        rank = (full.codec.num_columns - 1) // divisor
+        cut = attempt(Spectral(max_kl=max_kl, rank=rank), logits, plan) if rank else None
+        if cut is None:  # its rows lie outside: those of fewer components do too
+            return
+        yield cut
 
 
 def _meets(candidate: Candidate, target: float) -> bool:

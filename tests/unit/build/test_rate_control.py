@@ -56,6 +56,22 @@ def test_the_choice_is_the_smallest_of_those_that_meet_the_target(tmp_path):
     assert 3000 * found.bytes_per_row + found.parameter_bytes == min(sizes)
 
 
+class Capped(Head):
+    """A network whose logits span all dimensions, the more faintly the further."""
+
+    def forward(self, hidden):
+        return 5 * torch.tanh(hidden @ self.head / 5)
+
+
+def test_a_basis_is_cut_where_it_outweighs_its_rows(tmp_path):
+    found = plan_cache(tmp_path / "cache", ROWS, {"a": Capped()}, max_kl=0.05, num_pilot_rows=1500).teachers[0]
+    ranks = {point.codec.rank for point in found.points if isinstance(point.codec, Spectral)}
+    full = max(ranks)
+    assert full > 300
+    assert {full // 2, full // 4} <= ranks
+    assert found.codec.rank < full
+
+
 def test_a_budget_of_bytes_is_kept(tmp_path):
     found = chosen(tmp_path, bytes_per_row=20)
     assert 10 < found.bytes_per_row + found.parameter_bytes / 3000 <= 20
