@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import Head, HeadLogits
-from kdcache.codecs.precision import factor_rounding, keeps_float32, sum_rounding
+from kdcache.codecs.precision import factor_rounding, keeps_float32, quick_dtype, sum_rounding
 from kdcache.codecs.row_errors import ErrorSums, RowErrors
 from kdcache.codecs.spectral.rows import PRECISE_CLASSES, SMALLEST_QUICK_KL, MadeRows, class_blocks, felt, in_blocks
 
@@ -251,8 +251,9 @@ class HeadRows:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the product with the head: the head's own, unless the hidden states are finer."""
-        return torch.promote_types(self.made.hidden.dtype, self.prepared.head.weight.dtype)
+        """Of the product with the head: the head's own, unless the hidden states are finer or float32 is quicker."""
+        finer = torch.promote_types(self.made.hidden.dtype, self.prepared.head.weight.dtype)
+        return quick_dtype(finer, self.device)
 
     def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         prepared, dtype, basis = self.prepared, self._dtype, self.prepared.noise_basis
@@ -314,8 +315,5 @@ def _bias_of(head: Head, block: slice) -> Float64[Tensor, " class"]:
 
 
 def _noise_dtype(weight: Tensor) -> torch.dtype:
-    """Choose bfloat16 where it is quicker than the head's own precision: by what the processor has, not by timing."""
-    if weight.dtype != torch.float32:
-        return weight.dtype
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if weight.device.type == "cuda" or has_tiles() else torch.float32
+    """Choose 16 bits where they are quicker than float32: by what the processor has, not by timing."""
+    return quick_dtype(torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype, weight.device)

@@ -32,6 +32,15 @@ def fitted(spec, pilot):
 WIDE = 6000  # above what is measured in float64
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _in_16_bits():
+    """Let products be of 16 bits on any processor, so that what they round is tested; some only imitate them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+            patch.setattr(torch.cpu, name, lambda: True, raising=False)
+        yield
+
+
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def wide(request):
     """A head of many classes, in either precision, and a decoder fitted to hidden states before it."""

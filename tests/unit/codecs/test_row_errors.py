@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdcache.codecs import measure
-from kdcache.codecs.precision import UNIT_ROUNDINGS, factor_rounding, keeps_float32, sum_rounding
+from kdcache.codecs.precision import UNIT_ROUNDINGS, factor_rounding, keeps_float32, quick_dtype, sum_rounding
 from kdcache.codecs.row_errors import ErrorSums
 
 NUM_CLASSES = 6000
@@ -82,3 +82,23 @@ def test_rows_are_measured_whatever_products_may_round(precision, backend):
     errors = 0.1 * torch.randn(3, NUM_CLASSES, dtype=torch.float64, generator=generator)
     getattr(precision, backend).matmul.fp32_precision = "tf32"
     assert torch.allclose(summed(logits, errors).kl, measure(logits, logits + errors, HELD), rtol=1e-3)
+
+
+INSTRUCTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_amx_fp16_supported")
+
+
+@pytest.mark.parametrize("has_them", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_are_of_16_bits_where_the_processor_has_instructions_for_them(monkeypatch, dtype, has_them):
+    for name in INSTRUCTIONS:
+        monkeypatch.setattr(torch.cpu, name, lambda: has_them, raising=False)
+    assert quick_dtype(dtype, CPU) == (dtype if has_them else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_of_wider_types_stay_as_they_are(dtype):
+    assert quick_dtype(dtype, CPU) == dtype
+
+
+def test_an_accelerator_has_instructions_of_its_own():
+    assert quick_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
