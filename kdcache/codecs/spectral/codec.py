@@ -45,7 +45,7 @@ from kdcache.codecs.spectral.rows import (
     decoded_product,
     encoding_parameters,
 )
-from kdcache.codecs.spectral.zigzag import unzigzag, zigzag
+from kdcache.codecs.spectral.zigzag import scaled, unzigzag, zigzag
 from kdcache.documents.codec_specs import Spectral
 from kdcache.errors import CodecError, NonFiniteLogitsError
 
@@ -390,8 +390,8 @@ class SpectralCodec(LogitCodec):
         ShapeError
             The codes have another number of columns.
         """
-        quantised, steps = self._quantised(codes, parameters)
-        return self._decoded(quantised, steps, self.prepare(parameters))
+        bits, steps = self._bits_and_steps(codes, parameters)
+        return self._decoded(unzigzag(bits), steps, self.prepare(parameters))
 
     def coordinates(
         self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
@@ -403,14 +403,13 @@ class SpectralCodec(LogitCodec):
         CodecError, ShapeError
             As `decode`.
         """
-        quantised, steps = self._quantised(codes, parameters)
-        return quantised * steps
+        return scaled(*self._bits_and_steps(codes, parameters))
 
-    def _quantised(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _bits_and_steps(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         check_codes(codes, self)
         levels = codes[:, -1:].to(torch.int32)
         steps = parameters["steps"][levels.clamp(max=NUM_LEVELS - 1)]
-        return unzigzag(codes[:, :-1].view(torch.int16)), torch.where(levels < NUM_LEVELS, steps, torch.nan)
+        return codes[:, :-1].view(torch.int16), torch.where(levels < NUM_LEVELS, steps, torch.nan)
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.codecs import Decoder, SpectralCodec, codec_for, fitted_codec, measure, parameters_to
 from kdcache.codecs.divergence import divergences
+from kdcache.codecs.spectral.zigzag import scaled
 from kdcache.documents import Spectral
 from kdcache.errors import CodecError, DocumentError, NonFiniteLogitsError, WrongClassCountError
 
@@ -323,3 +324,12 @@ def test_a_refusal_of_a_cut_rank_tells_the_error_that_is_left():
     left = measure(LATER, finest.decode(finest.encode(LATER)), HELD).amax(dim=1)
     assert float(told) == pytest.approx(float(left[int(row)]), rel=0.05)
     assert int(row) == int(left.argmax())
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 255, 256, 300])
+def test_coordinates_in_blocks_are_those_of_all_rows_at_once(num_rows):
+    codes = torch.arange(num_rows * 7, dtype=torch.int32).mul(997).remainder(65534).view(num_rows, 7)
+    bits = codes.to(torch.uint16).view(torch.int16)
+    steps = torch.rand(num_rows, 1, generator=torch.Generator().manual_seed(0))
+    numbers = torch.where(codes % 2 == 0, codes // 2, -(codes + 1) // 2)
+    assert torch.equal(scaled(bits, steps), numbers * steps)
