@@ -31,10 +31,10 @@ demo: $(READY)
 	$(BIN)/python -m jobs.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
 
 check: $(READY)
 	$(BIN)/ruff format --check .
