@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
@@ -113,7 +114,9 @@ def _coarser(
         return torch.zeros_like(levels)
     sample = torch.linspace(0, len(rows) - 1, _SAMPLED_ROWS, device=levels.device).long()
     chosen = steps[levels[sample]][:, None]
-    found = float(mean_after_guard(rows.errors(sample, rounded(coordinates[sample], chosen), chosen), target))
+    errors = rows.errors(sample, rounded(coordinates[sample], chosen), chosen)
+    # what is in doubt of so few rows is not of all of them, which the guard measures
+    found = float(mean_after_guard(replace(errors, kl_ceiling=errors.kl), target))
     gained = 2 * math.log2(_AIM * target / found) if math.isfinite(found) else 0.0
     gained = min(max(gained, -_MOST_GAINED), _MOST_GAINED)
     whole = math.floor(gained)

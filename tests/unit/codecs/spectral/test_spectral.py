@@ -333,3 +333,10 @@ def test_coordinates_in_blocks_are_those_of_all_rows_at_once(num_rows):
     steps = torch.rand(num_rows, 1, generator=torch.Generator().manual_seed(0))
     numbers = torch.where(codes % 2 == 0, codes // 2, -(codes + 1) // 2)
     assert torch.equal(scaled(bits, steps), numbers * steps)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.6, 1.5])
+def test_a_shard_unlike_the_pilot_uses_its_target_up(scale):
+    decoder = fitted(Spectral(max_kl=0.02), PILOT)
+    rows = bell(2048, 12, 300, seed=2, scale=scale)
+    assert 0.95 * 0.02 < measure(rows, decoder.decode(decoder.encode(rows)), HELD).mean(dim=0).amax() <= 0.02
