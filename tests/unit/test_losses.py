@@ -332,7 +332,7 @@ def test_a_cache_of_another_class_count_is_refused_with_both():
         distillation_loss(STUDENT, cached(MEMBERS[:, :, :4]), LABELS, temperature=2.0)
 
 
-@pytest.mark.parametrize("student", [STUDENT[0], STUDENT[None], LABELS[:, None]])
+@pytest.mark.parametrize("student", [STUDENT[0], STUDENT[None, None], LABELS[:, None]])
 def test_student_logits_with_other_axes_are_refused(student):
     with pytest.raises(
         ShapeError, match=r"The student's logits must be floating-point numbers with the axes \[row, class\]"
@@ -359,7 +359,8 @@ def test_what_is_no_temperature_is_refused(temperature):
         ({"soft_weight": math.nan}, r"soft_weight must lie between 0 and 1"),
         (
             {"divergence": "hinge"},
-            "divergence must be one of 'forward-kl', 'cross-entropy', 'logit-matching'; got 'hinge'",
+            "divergence must be one of 'forward-kl', 'cross-entropy', 'reverse-kl', 'jensen-shannon', 'logit-matching'; "
+            "got 'hinge'",
         ),
         ({"mean": "median"}, "mean must be one of"),
         ({"reduction": "max"}, "reduction must be one of"),
