@@ -3,12 +3,14 @@
 What costs time in these losses are exponentials. Here each row has one a class for the student and one for the
 teachers, shared by value and gradient, where automatic differentiation takes four; at temperature 1 the hard term
 shares the student's, and at 2 and 4 it squares them. They are powers of 2, which torch computes up to three times as
-fast as powers of e.
+fast as powers of e. On a processor they are written where those of the last rows were: each thread keeps four arrays of
+2^18 numbers for it, because pages of new memory cost as much as the exponentials.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "TEACHERS",
     "FormulaTerms",
     "Labels",
     "Softened",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from kdcache.codecs.base import BLOCK_ELEMENTS
 from kdcache.soft_targets import at_least_float32
 
 _LN_2 = math.log(2)
@@ -46,11 +50,39 @@ class Softened:
     """What the probabilities sum to, where that is not 1: of weights that are right on average only."""
 
 
-def softened(logits: Float[Tensor, "row class"], temperature: float) -> Softened:
-    """Soften logits: powers are exp((logits - their maximum) / temperature)."""
+class _KeptArrays(threading.local):
+    """The arrays of this thread that are written to again and again."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def like(self, values: Tensor, place: int) -> Tensor:
+        """Give an array of the shape and type of these values, the one that this place always gives."""
+        is_plain = type(values) is Tensor and values.device.type == "cpu"  # of its kind are all that meet there
+        if not is_plain or values.numel() > BLOCK_ELEMENTS:
+            return torch.empty_like(values, memory_format=torch.contiguous_format)
+        if (place, values.dtype) not in self.arrays:
+            with torch.inference_mode(mode=False):  # what is made in it can be written to nowhere else
+                self.arrays[place, values.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=values.dtype)
+        return self.arrays[place, values.dtype][: values.numel()].view(values.shape)
+
+
+_KEPT = _KeptArrays()
+TEACHERS = 2
+"""Place of the one teacher's exponents; of the powers the next."""
+_STUDENT = 0
+
+
+def softened(logits: Float[Tensor, "row class"], temperature: float, *, place: int | None = None) -> Softened:
+    """Soften logits: powers are exp((logits - their maximum) / temperature).
+
+    With a `place`, they lie where those of the last call with it did.
+    """
     maxima = logits.amax(dim=1, keepdim=True)
-    exponents = (logits - maxima).mul_(1 / (_LN_2 * temperature))  # first the difference: a shift costs no digits
-    powers = exponents.exp2()
+    exponents = torch.empty_like(logits) if place is None else _KEPT.like(logits, place)
+    torch.sub(logits, maxima, out=exponents)  # first the difference: a shift costs no digits
+    exponents.mul_(1 / (_LN_2 * temperature))
+    powers = torch.exp2(exponents, out=torch.empty_like(logits) if place is None else _KEPT.like(logits, place + 1))
     return Softened(exponents, powers, powers.sum(dim=1, keepdim=True), maxima)
 
 
@@ -151,7 +183,7 @@ def losses_by_formula(
         In the raised type.
     """
     logits = at_least_float32(student_logits)
-    student = softened(logits, 1.0 if teachers is None else terms.temperature)
+    student = softened(logits, 1.0 if teachers is None else terms.temperature, place=_STUDENT)
     losses = torch.zeros_like(student.totals)
     hard = None
     if terms.labels is not None:
@@ -193,11 +225,11 @@ def _hard_values(logits: Tensor, at_one: Softened, labels: Labels) -> Tensor:
 
 
 def _divergences(student: Softened, teachers: Softened) -> Tensor:
-    # the totals' ratio from the sum of differences: at high temperatures the totals are nearly equal, and T^2 large
-    differences = (student.powers - teachers.powers).sum(dim=1, keepdim=True)
     dots = _weighted_sums(teachers.powers, teachers.exponents.sub_(student.exponents)) * (_LN_2 / teachers.totals)
     if teachers.shares is None:
-        return dots + (differences / teachers.totals).log1p_()
+        # the totals' ratio by way of differences: at high temperatures they are nearly equal, and T^2 is large
+        differences = torch.sub(student.powers, teachers.powers, out=teachers.exponents).sum(dim=1, keepdim=True)
+        return dots + differences.div_(teachers.totals).log1p_()
     return 1 - teachers.shares + dots + teachers.shares * student.totals.log()
 
 

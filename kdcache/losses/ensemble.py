@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kdcache.errors import OptionError
-from kdcache.losses.by_formula import Softened, softened, softened_mixture, softened_weights
+from kdcache.losses.by_formula import TEACHERS, Softened, softened, softened_mixture, softened_weights
 from kdcache.losses.divergences import Divergence, needs_every_class
 from kdcache.soft_targets import (
     Mean,
@@ -170,7 +170,7 @@ class ToSoften:
         if self.is_sampled:
             return softened_weights(members[0])
         if len(members) == 1:
-            return softened(members[0], self.temperature)
+            return softened(members[0], self.temperature, place=TEACHERS)
         return softened_mixture(members, self.weights, self.temperature)
 
 

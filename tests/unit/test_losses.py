@@ -24,7 +24,7 @@ STUDENT = torch.randn(7, 5, generator=GENERATOR, dtype=torch.float64) * 3
 TEACHER = torch.randn(7, 5, generator=GENERATOR, dtype=torch.float64) * 3
 MEMBERS = torch.randn(7, 3, 5, generator=GENERATOR, dtype=torch.float64) * 3
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-DIVERGENCES = ["forward-kl", "cross-entropy", "logit-matching"]
+DIVERGENCES = ["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"]
 MEANS = ["geometric", "arithmetic", "tempered-arithmetic"]
 
 
@@ -359,9 +359,10 @@ def test_what_is_no_temperature_is_refused(temperature):
         ({"soft_weight": math.nan}, r"soft_weight must lie between 0 and 1"),
         (
             {"divergence": "hinge"},
-            "divergence must be one of 'forward-kl', 'cross-entropy', 'reverse-kl', 'jensen-shannon', 'logit-matching'; "
-            "got 'hinge'",
+            "divergence must be one of 'forward-kl', .*'reverse-kl', 'jensen-shannon', 'logit-matching'; got 'hinge'",
         ),
+        ({"beta": 0.0}, "beta must lie between 0 and 1, got 0.0.*'forward-kl' and 'reverse-kl'"),
+        ({"beta": 1.0}, "beta must lie between 0 and 1"),
         ({"mean": "median"}, "mean must be one of"),
         ({"reduction": "max"}, "reduction must be one of"),
     ],
