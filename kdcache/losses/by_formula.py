@@ -55,16 +55,21 @@ class _KeptArrays(threading.local):
 
     def __init__(self) -> None:
         self.arrays: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.last: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def like(self, values: Tensor, place: int) -> Tensor:
         """Give an array of the shape and type of these values, the one that this place always gives."""
         is_plain = type(values) is Tensor and values.device.type == "cpu"  # of its kind are all that meet there
         if not is_plain or values.numel() > BLOCK_ELEMENTS:
             return torch.empty_like(values, memory_format=torch.contiguous_format)
-        if (place, values.dtype) not in self.arrays:
-            with torch.inference_mode(mode=False):  # what is made in it can be written to nowhere else
-                self.arrays[place, values.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=values.dtype)
-        return self.arrays[place, values.dtype][: values.numel()].view(values.shape)
+        key = place, values.dtype
+        if key in self.last and self.last[key].shape == values.shape:
+            return self.last[key]
+        with torch.inference_mode(mode=False):  # what is made in it can be written to nowhere else
+            if key not in self.arrays:
+                self.arrays[key] = torch.empty(BLOCK_ELEMENTS, dtype=values.dtype)
+            self.last[key] = self.arrays[key][: values.numel()].view(values.shape)
+        return self.last[key]
 
 
 _KEPT = _KeptArrays()
@@ -184,21 +189,21 @@ def losses_by_formula(
     """
     logits = at_least_float32(student_logits)
     student = softened(logits, 1.0 if teachers is None else terms.temperature, place=_STUDENT)
-    losses = torch.zeros_like(student.totals)
-    hard = None
+    losses, hard = None, None
     if terms.labels is not None:
         at_one = student if teachers is None else _at_temperature_one(student, logits, terms.temperature)
-        losses += terms.hard_scale * _hard_values(logits, at_one, terms.labels)
+        losses = _hard_values(logits, at_one, terms.labels).mul_(terms.hard_scale)
         hard = _HardSlope(at_one, terms.labels, terms.hard_scale)
     if teachers is not None:
         values = _divergences(student, teachers) if terms.is_divergence else _cross_entropies(student, teachers)
-        losses += terms.soft_scale * terms.temperature**2 * values
+        values.mul_(terms.soft_scale * terms.temperature**2)
+        losses = values if losses is None else losses.add_(values)
     if gradient is not None:
         raised = gradient if gradient.dtype == logits.dtype else torch.empty_like(student.powers)
         _write_gradient(raised, student, teachers, terms.soft_scale * terms.temperature, hard)
         if raised is not gradient:
             gradient.copy_(raised)
-    return losses[:, 0]
+    return student.totals.new_zeros(len(logits)) if losses is None else losses[:, 0]
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,10 @@ class RowTerms:
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
         losses = student_logits.new_zeros(len(student_logits), dtype=dtype)
         for rows, part, compared in self._parts(student_logits):
+            if rows == slice(0, len(student_logits)) and part.alignment.selected is None:  # slices cost a small batch
+                return part.part_losses(student_logits, compared, gradient)
             chosen = rows if part.alignment.selected is None else part.alignment.selected
-            student = rows_of(student_logits, chosen).detach()
+            student = rows_of(student_logits, chosen)
             slope = None
             if gradient is not None:
                 slope = gradient[rows] if isinstance(chosen, slice) else torch.empty_like(student)
@@ -126,7 +128,10 @@ class RowTerms:
             for part in softened_blocks(block.stop - block.start, student_logits.shape[1], student_logits.device):
                 rows = slice(block.start + part.start, block.start + part.stop)
                 terms = self if rows == slice(0, num_rows) else self._of_rows(rows)
-                yield rows, terms, None if compared is None else compared[part]
+                if compared is None or part == slice(0, block.stop - block.start):
+                    yield rows, terms, compared
+                else:
+                    yield rows, terms, compared[part]
 
     def _beside(self, ensemble: Ensemble) -> Tensor | ToSoften:
         if self.divergence in _BY_FORMULA:
