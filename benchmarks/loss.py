@@ -1,8 +1,8 @@
 """What a loss adds to a training step over hard labels: plain torch's soft cross-entropy, and ours.
 
-Whole steps (forward, loss, backward, SGD) of a student with 1,000 classes, batches of 256, one torch thread, by processor
-time. Soft targets lie in memory: as float32 logits, as uint8 codes, and as spectral codes. The step over hard labels runs
-under two names, at both ends of each round: how far the two are apart is what the machine cannot tell.
+Whole steps (forward, loss, backward, SGD) of a student with 1,000 classes, batches of 256, one torch thread, by
+processor time. Soft targets lie in memory: as float32 logits, as uint8 codes, and as spectral codes. The step over hard
+labels runs under two names, at both ends of each round: how far the two are apart is what the machine cannot tell.
 """
 
 from __future__ import annotations
