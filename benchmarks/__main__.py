@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks import (
     build_overhead,
+    bytes_below,
     encode,
     fidelity,
     import_time,
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "fidelity": fidelity.run,
     "precision": precision.run,
     "targets": targets.run,
+    "below": bytes_below.run,
 }
 OUT = Path(__file__).parent / "out"
 

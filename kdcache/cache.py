@@ -25,7 +25,7 @@ from kdcache.documents import (
 )
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.soft_targets import SoftTargets
-from kdcache.store import CacheStore, CodesReader
+from kdcache.store import CacheSizes, CacheStore, CodesReader
 
 if TYPE_CHECKING:
     import zarr
@@ -131,6 +131,10 @@ class SoftTargetCache:
     def num_views(self) -> int:
         """Views of each example."""
         return self.document.num_views
+
+    def sizes(self) -> CacheSizes:
+        """Add up what the cache takes on disk: codes, parameters, ids, documents and the whole; no file is read."""
+        return self._store.sizes()
 
     @property
     def teacher_names(self) -> tuple[str, ...]:

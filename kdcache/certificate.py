@@ -35,7 +35,9 @@ class Certificate:
       of tanh(R / (2 temperature)), which is below 2 `total_variation_bound`.
 
     At temperatures 1, 2 and 4, rows that were guarded by a target (`max_kl`) have a mean KL of at most the target, and
-    none above twice of it: `bound_mean`, `bound_p99` and `kl_bound` say so where it is the closer bound.
+    none above twice of it: `bound_mean`, `bound_p99` and `kl_bound` say so where it is the closer bound. Both are held
+    against the logits of the process that encoded the rows. A shard that another process left without a record is
+    adopted if it keeps to the target within 5% by our logits; `kl_bound` is never below what was measured.
 
     Where what a codec decodes depends on the temperature, as with `TopK`, there are only measurements and what its
     target promises: all other bounds are None. With its tail "samples", whose weights are no distribution, KL is that
@@ -89,16 +91,18 @@ def certificate_of(
     targets : sequence of float or None [teacher]
         The `max_kl` in nats that each teacher's rows were guarded with while they were encoded; None without a guard.
     """
-    bounded = _bounded(certificates, temperature)
+    measured, bounded = _measured(certificates, temperature), _bounded(certificates, temperature)
     held = [target for target in targets if target is not None]
     if temperature in TEMPERATURES and len(held) == len(targets):
         target = max(held)
         limits = {"bound_mean": target, "bound_p99": GUARD_FACTOR * target, "kl_bound": GUARD_FACTOR * target}
+        # an adopted row may stand a little above its limit, see `kdcache.build.task.ADOPTED_TOLERANCE`
+        limits["kl_bound"] = max(limits["kl_bound"], measured["max_kl"] or 0.0)
         bounded |= {name: _smaller(bounded[name], limit) for name, limit in limits.items()}
     return Certificate(
         temperature=temperature,
         num_measured_rows=sum(item.num_measured_rows for item in certificates),
-        **_measured(certificates, temperature),
+        **measured,
         **bounded,
     )
 

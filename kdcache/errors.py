@@ -67,15 +67,17 @@ class Problem:
 class DocumentError(KdcacheError, ValueError):
     """A document breaks its schema or a rule between its fields; ``problems`` lists all of it at once."""
 
-    def __init__(self, document: str, source: str, problems: tuple[Problem, ...]) -> None:
+    def __init__(self, document: str, source: str, problems: tuple[Problem, ...], remedy: str | None = None) -> None:
         self.document = document
         self.source = source
         self.problems = problems
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        super().__init__(f"{source} is no valid {document} document; {len(problems)} problem(s):\n{lines}")
+        self.remedy = remedy
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        then = "" if remedy is None else f"\n{remedy}"
+        super().__init__(f"{source} is no valid {document} document; {len(problems)} problem(s):{lines}{then}")
 
-    def __reduce__(self) -> tuple[type[DocumentError], tuple[str, str, tuple[Problem, ...]]]:
-        return type(self), (self.document, self.source, self.problems)
+    def __reduce__(self) -> tuple[type[DocumentError], tuple[str, str, tuple[Problem, ...], str | None]]:
+        return type(self), (self.document, self.source, self.problems, self.remedy)
 
 
 class JobError(KdcacheError, ValueError):

@@ -42,11 +42,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def the_processor_alone():
+    """Keep whatever is not about an accelerator on the processor, on any machine; gives torch's own answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        is_available = torch.cuda.is_available
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield is_available
+
+
 @pytest.fixture(autouse=True)
-def the_processor_alone(request, monkeypatch):
-    """Keep tests that are not about an accelerator on the processor, on any machine, also in processes they start."""
-    if not request.node.get_closest_marker("accelerator"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def accelerator_where_marked(request, monkeypatch, the_processor_alone):
+    """Give marked tests their accelerator, and keep processes that others start off it."""
+    if request.node.get_closest_marker("accelerator"):
+        monkeypatch.setattr(torch.cuda, "is_available", the_processor_alone)
+    else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

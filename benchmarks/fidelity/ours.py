@@ -55,12 +55,22 @@ class Ours:
         Logits of the rows that the cache is built of.
     folder : Path
         Where the cache is built.
+    device : str
+        Where the build encodes.
     options
         Further options of `kdcache.build_cache`.
     """
 
     def __init__(
-        self, name: str, setting: str, spec: CodecSpec, pilot: Float[Tensor, "row class"], folder: Path, **options: Any
+        self,
+        name: str,
+        setting: str,
+        spec: CodecSpec,
+        pilot: Float[Tensor, "row class"],
+        folder: Path,
+        *,
+        device: str = "cpu",
+        **options: Any,
     ) -> None:
         self.name, self.setting = name, setting
         rows = torch.arange(len(pilot))
@@ -69,29 +79,29 @@ class Ours:
             kdcache.TransferSet.from_arrays(rows),
             {_TEACHER: _Replay(pilot)},
             codec=spec,
-            device="cpu",
+            device=device,
             **options,
         )
         self._folder, self._num_rows = folder, len(pilot)
         self.decoder: Decoder = self._cache.read_rows(rows[:1].numpy()).decoders[0]
 
     def encode(self, logits: Float[Tensor, "row class"]) -> Kept:
-        """Give the stored codes."""
-        return {"codes": self.decoder.encode(logits)}
+        """Give the stored codes, on the device of the logits."""
+        return {"codes": self.decoder.to(logits.device).encode(logits)}
 
     def soft_targets(self, kept: Kept, temperature: float) -> Float[Tensor, "row class"]:
         """Decode and soften, float32."""
-        scaled = self._decoded(kept, temperature) / temperature
-        return scaled.exp() if self._is_normalised else scaled.softmax(dim=1)
+        scaled = self.decoded(kept, temperature) / temperature
+        return scaled.exp() if self.is_normalised else scaled.softmax(dim=1)
 
     def log_soft_targets(self, kept: Kept, temperature: float) -> Float64[Tensor, "row class"]:
         """Decode and soften, in float64 from the decoded logits on."""
-        scaled = self._decoded(kept, temperature).double() / temperature
-        return scaled if self._is_normalised else scaled.log_softmax(dim=1)
+        scaled = self.decoded(kept, temperature).double() / temperature
+        return scaled if self.is_normalised else scaled.log_softmax(dim=1)
 
     def sizes(self, kept: Kept) -> Sizes:
         """Give the bytes of these rows as a shard of the cache's layout, and of the rest of the cache."""
-        codes = kept["codes"].numpy()
+        codes = kept["codes"].cpu().numpy()
         chunk_rows = min(self._cache.document.chunk_rows, len(codes))
         whole = len(codes) // chunk_rows * chunk_rows
         layout = shard_spec(self._cache.teachers[_TEACHER], self._cache.document)
@@ -102,13 +112,16 @@ class Ours:
         return Sizes(len(shard) / whole, others / self._num_rows, parameter_bytes)
 
     @property
-    def _is_normalised(self) -> bool:
+    def is_normalised(self) -> bool:
+        """Whether what is decoded, over the temperature, are log-weights to be used as they are."""
         return bool(getattr(self.decoder.codec, "is_normalised", False))
 
-    def _decoded(self, kept: Kept, temperature: float) -> Float[Tensor, "row class"]:
-        if getattr(self.decoder.codec, "depends_on_temperature", False):
-            return self.decoder.decode(kept["codes"], temperature=temperature)
-        return self.decoder.decode(kept["codes"])
+    def decoded(self, kept: Kept, temperature: float) -> Float[Tensor, "row class"]:
+        """Decode, on the device of the codes."""
+        decoder = self.decoder.to(kept["codes"].device)
+        if getattr(decoder.codec, "depends_on_temperature", False):
+            return decoder.decode(kept["codes"], temperature=temperature)
+        return decoder.decode(kept["codes"])
 
 
 class _Replay(nn.Module):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.teachers import efficientnet, load, ppocr, smollm2
+from kdcache.codecs.precision import quick_dtype
 
 _NUM_ROWS: Final = {  # pilot at most, held out; the pilot of 4,000 crops is what the split leaves
     "smollm2": (2304, 768),
@@ -79,7 +80,7 @@ def forward_seconds(name: str, *, rounds: int = 3) -> float:
 
 
 def _smollm2() -> tuple[Callable[[], object], int]:
-    teacher = smollm2.network()
+    teacher = smollm2.network().to(quick_dtype(torch.bfloat16, torch.device("cpu")))
     ids = smollm2.token_ids("main")[: 2 * smollm2.WINDOW].view(2, smollm2.WINDOW)
     return _inferring(lambda: teacher(ids)), ids.numel()
 

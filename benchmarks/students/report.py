@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["all_tables", "draw", "overview", "summary", "table"]
+__all__ = ["all_tables", "draw", "overview", "speeds", "summary", "table"]
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,12 @@ _COLUMNS: Final = {
     "cross_entropy": "cross-entropy with the next token",
     "agreement": "agreement",
     "calibration_error": "calibration error",
+    "kl_main": "KL at T=1, Moby Dick",
+    "kl_other": "KL at T=1, State of the Union",
 }
 _STYLES: Final = {  # the start of an arm's name -> colour that the colour-blind can tell apart, marker
     "kdcache codes": ("#009E73", "^"),
+    "full logits, bfloat16": ("#009E73", "^"),
     "kdcache spectral": ("#0072B2", "o"),
     "kdcache topk, class means": ("#56B4E9", "s"),
     "kdcache topk, samples": ("#56B4E9", "d"),
@@ -39,7 +42,16 @@ def all_tables(subjects: Mapping[str, Found]) -> dict[str, str]:
     tables = {name: summary(found) for name, found in subjects.items()}
     for name, found in subjects.items():
         tables |= {f"{name} T={at:g}": table(found, at) for at in found["plan"]["temperatures"]}
+        if "speeds" in found:
+            tables[f"{name} speeds"] = speeds(found)
     return tables
+
+
+def speeds(found: Found) -> str:
+    """Give the table of how many rows a second a device went through, to two figures."""
+    rows = [["what", "rows a second"], ["---", "---:"]]
+    rows += [[one["what"], f"{float(format(one['rows_per_second'], '.2g')):,.0f}"] for one in found["speeds"]]
+    return _markdown(rows)
 
 
 def summary(found: Found) -> str:
@@ -68,7 +80,7 @@ def table(found: Found, temperature: float) -> str:
     in pairs of one seed, the half width of its 95 % confidence interval, and a star where that leaves out 0.
     """
     arms = found["arms"]
-    shown = [score for score in _COLUMNS if arms[0]["students"][0][score] is not None]
+    shown = [score for score in _COLUMNS if arms[0]["students"][0].get(score) is not None]
     if temperature == 1:
         shown.remove("kl_at_temperature")
     rows = [["kept", "bytes a row", *(_COLUMNS[score] for score in shown)], ["---", *["---:"] * (len(shown) + 1)]]

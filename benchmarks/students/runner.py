@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["OPENERS", "PLANS", "QUICK", "RESULTS", "compare", "run", "write"]
+__all__ = ["GPU_RESULTS", "OPENERS", "PLANS", "QUICK", "RESULTS", "compare", "run", "run_transformer", "write"]
 
 import json
+import math
 import platform
 import tempfile
 import time
@@ -24,10 +25,14 @@ from benchmarks.students.report import all_tables, draw, overview
 from benchmarks.students.scores import score
 from benchmarks.students.subjects import Plan, Subject
 from benchmarks.students.training import train
+from benchmarks.students.window_runner import run_windows
+from benchmarks.students.windows import WindowPlan, open_windows
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 RESULTS: Final = DOCS / "results" / "students-fidelity.json"
 PICTURE: Final = DOCS / "images" / "students-fidelity.png"
+GPU_RESULTS: Final = DOCS / "results" / "students-fidelity-gpu.json"
+_PICTURES: Final = {RESULTS: PICTURE, GPU_RESULTS: DOCS / "images" / "students-fidelity-gpu.png"}
 PAGE: Final = DOCS / "students-fidelity.md"
 
 OPENERS: Final[Mapping[str, Callable[[Plan], Subject]]] = {"lm": open_lm, "image": open_image}
@@ -72,6 +77,38 @@ def run(
     return overview({name: document["subjects"][name] for name in names})
 
 
+def run_transformer(
+    plan: WindowPlan, device: torch.device, *, results: Path = GPU_RESULTS, minutes: float = math.inf
+) -> list[dict[str, Any]]:
+    """Train the students that read windows, seed by seed, and keep the figures after each.
+
+    Parameters
+    ----------
+    plan : WindowPlan
+    device : torch.device
+    results : Path
+        The JSON file, picture and page as of `run`. Seeds that it holds already are not trained again.
+    minutes : float
+        From now; a seed that would not be done by then is not begun. Another run goes on from there.
+
+    Returns
+    -------
+    list of dict
+        As of `run`.
+    """
+    until = time.monotonic() + 60 * minutes
+    document = json.loads(results.read_text()) if results.exists() else {"subjects": {}}
+    console = Console(stderr=True, width=160, highlight=False)
+    subject = open_windows(plan, device)
+    console.print(f"{subject.train.num_rows} rows, {subject.forward_tokens_per_second:.0f} tokens a second")
+    for found in run_windows(subject, plan, found=document["subjects"].get(subject.name), until_seconds=until):
+        document["subjects"][subject.name] = found
+        _keep(document, results)
+        console.print(f"{len(found['arms'][0]['students'])} students an arm, {found['seconds_a_seed']:.0f} s a seed")
+    write(document, results)
+    return overview(document["subjects"])
+
+
 def compare(opener: Callable[[Plan], Subject], plan: Plan) -> Iterator[dict[str, Any]]:
     """Train a subject's students arm by arm; after each arm, give the figures so far."""
     start = time.perf_counter()
@@ -92,10 +129,10 @@ def compare(opener: Callable[[Plan], Subject], plan: Plan) -> Iterator[dict[str,
 
 
 def write(document: dict[str, Any], results: Path) -> None:
-    """Write the figures as JSON and draw them; the usual file's tables go into docs/students-fidelity.md too."""
+    """Write the figures as JSON and draw them; the usual files' tables go into docs/students-fidelity.md too."""
     _keep(document, results)
-    draw(document["subjects"], PICTURE if results == RESULTS else results.with_suffix(".png"))
-    if results == RESULTS:
+    draw(document["subjects"], _PICTURES.get(results, results.with_suffix(".png")))
+    if results in _PICTURES:
         PAGE.write_text(filled(PAGE.read_text(), all_tables(document["subjects"])))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Scores", "calibration_error", "score"]
+__all__ = ["Scores", "calibration_error", "score", "score_rows", "summarised"]
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from benchmarks.students.subjects import Subject
@@ -58,11 +59,15 @@ def score(student: nn.Module, subject: Subject, temperature: float) -> Scores:
     labels = subject.held_out_labels
     blocks = [slice(start, start + step) for start in range(0, len(subject.held_out_inputs), step)]
     rows = [
-        _rows(student(subject.held_out_inputs[one]), subject.held_out_logits[one], temperature,
-              None if labels is None else labels[one])
+        score_rows(student(subject.held_out_inputs[one]), subject.held_out_logits[one], temperature,
+                   None if labels is None else labels[one])
         for one in blocks
     ]  # fmt: skip
-    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return summarised({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, labels)
+
+
+def summarised(columns: Mapping[str, Float[Tensor, " row"]], labels: Int[Tensor, " row"] | None) -> Scores:
+    """Give the means of what `score_rows` gave of all rows."""
     known = slice(None) if labels is None else labels >= 0
     return Scores(
         kl=float(columns["kl"].mean()),
@@ -93,9 +98,13 @@ def calibration_error(confidence: Float[Tensor, " row"], right: Float[Tensor, " 
     return float(gaps.abs().sum() / len(confidence))
 
 
-def _rows(
-    own: Float[Tensor, "row class"], teachers: Float[Tensor, "row class"], temperature: float, labels: Tensor | None
+def score_rows(
+    own: Float[Tensor, "row class"],
+    teachers: Float[Tensor, "row class"],
+    temperature: float,
+    labels: Int[Tensor, " row"] | None,
 ) -> dict[str, Float[Tensor, " row"]]:
+    """Measure rows one by one: a student's logits against the teacher's, and the true classes where they are known."""
     log_own = own.log_softmax(dim=1)
     confidence, preferred = log_own.max(dim=1)
     kl = _divergence(teachers, own, 1.0)

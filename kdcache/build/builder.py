@@ -4,11 +4,11 @@ from __future__ import annotations
 
 __all__ = ["BuildProgress", "build_cache", "plan_cache"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdcache.build.draft import Address, Draft, PlanOptions, Teachers, make_draft
+from kdcache.build.draft import Address, Draft, PlanOptions, Teachers, as_codec, make_draft
 from kdcache.build.executors import Executor, open_executor
 from kdcache.build.finalise import finalise
 from kdcache.build.pilot import Forecast, Pilot
@@ -46,7 +46,7 @@ def build_cache(
     transfer_set: TransferSet,
     teachers: Teachers,
     *,
-    codec: PlannedCodec | None = None,
+    codec: PlannedCodec | Mapping[str, Any] | None = None,
     max_kl: float | None = None,
     bytes_per_row: float | None = None,
     num_classes: int | None = None,
@@ -77,11 +77,13 @@ def build_cache(
     teachers : mapping of name to nn.Module, or sequence of Teacher
         The ensemble, in order.
     codec : Lossless, Codes, Spectral or TopK, default Codes()
-        How logits are stored.
+        How logits are stored; or a mapping, as a job file's `codec`.
     max_kl : float, optional
         In place of a codec: the smallest cache whose mean KL, in nats, is at most this at temperatures 1, 2 and 4.
+        Above 0 and at most 1.
     bytes_per_row : float, optional
-        In place of a codec: the most faithful cache of at most so many bytes a row.
+        In place of a codec: the most faithful cache of at most so many bytes a row and teacher, compressed codes and
+        parameters; ids and documents come on top.
     num_classes : int, optional
         Classes; what the first teacher gives where absent.
     merge : "geometric", optional
@@ -118,6 +120,10 @@ def build_cache(
         The address holds a cache planned otherwise; both sides are printed.
     NonFiniteLogitsError, WrongClassCountError, CodecError
         A teacher's logits cannot be cached; the message names teacher and example.
+    TeacherError
+        A teacher failed, or gives probabilities in place of logits.
+    DocumentError, OptionError
+        An option cannot be.
     DuplicateExampleError, TransferSetError, InputMismatchError
         The transfer set is malformed, or gives other inputs than before.
     CorruptCacheError
@@ -134,7 +140,7 @@ def build_cache(
     torch.Size([1, 3])
     """
     options = PlanOptions(
-        codec=codec, max_kl=max_kl, bytes_per_row=bytes_per_row, num_classes=num_classes,
+        codec=as_codec(codec), max_kl=max_kl, bytes_per_row=bytes_per_row, num_classes=num_classes,
         merge=merge, weights=weights, shard_rows=shard_rows,
         chunk_rows=chunk_rows, batch_size=batch_size, num_pilot_rows=num_pilot_rows, device=device,
         autocast=autocast, num_workers=num_workers, add_teachers=add_teachers,

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.build.rate_control import Candidate, held_out_rows, made_rows, measure_codec
+from kdcache.build.candidates import Candidate, fitted_rows, made_rows, measure_codec, step_rows
 from kdcache.codecs import Codec, SpectralCodec, fitted_codec
-from kdcache.codecs.head_logits import Logits, rows_of
+from kdcache.codecs.head_logits import Logits
 from kdcache.codecs.spectral.guard import NUM_LEVELS
 from kdcache.documents import CodecSpec, Codes, PlanDocument, Spectral
 from kdcache.errors import CodecError
@@ -23,7 +23,6 @@ WIDE_BASIS_BYTES = 256_000_000
 
 _STEP_FACTORS = (4.0, 2.0, 0.5, 0.25)  # KL goes with the step's square
 _RANK_DIVISORS = (2, 4)
-_MAX_ROWS = 256
 _LARGEST_TARGET = 1.0
 
 Fitted = tuple[Codec, Mapping[str, np.ndarray]]
@@ -81,7 +80,7 @@ def is_uint8_codes(spec: CodecSpec) -> bool:
 def further_candidates(
     chosen: Candidate, measured: Sequence[Candidate], logits: Logits, plan: PlanDocument
 ) -> list[Candidate]:
-    """Measure points beside a fitted basis, on at most 256 held-out rows, without fitting it again.
+    """Measure points beside a fitted basis, on held-out rows, without fitting it again.
 
     A basis with a target is coded with targets 16 and 4 times larger and smaller, which takes steps about 4 and 2 times
     coarser and finer; one with a fixed step, with such steps. uint8 codes are measured where they were not yet. Of a
@@ -108,7 +107,7 @@ def further_candidates(
     for fit in _fits(base.codec, base.parameters, measured, logits):
         try:
             codec, parameters = fit()
-            found.append(measure_codec(codec, parameters, logits, plan, max_rows=_MAX_ROWS))
+            found.append(measure_codec(codec, parameters, logits, plan))
         except CodecError:  # no step of it meets this target
             continue
     return found
@@ -133,13 +132,13 @@ def _with_other_step(codec: SpectralCodec, parameters: Mapping[str, Any], factor
         return codec.with_step(parameters, _step_of(parameters) * factor)
     spec = Spectral.make(**{**dict(codec.spec), "max_kl": codec.max_kl * factor**2})
     other = SpectralCodec(spec, codec.num_classes)
-    return other, other.with_fitted_step(parameters, rows_of(held_out_rows(logits), slice(-_MAX_ROWS, None)))
+    return other, other.with_fitted_step(parameters, step_rows(logits))
 
 
 def _with_rank(codec: SpectralCodec, parameters: Mapping[str, Any], rank: int, logits: Logits) -> Fitted:
     """Fit fewer components, and code them with a step as long as the given codec's along the first axis."""
     spec = Spectral.make(**{**dict(codec.spec), "max_kl": None, "step": 1.0, "rank": rank})
-    cut, cut_parameters = SpectralCodec.fitted(spec, codec.num_classes, logits)
+    cut, cut_parameters = SpectralCodec.fitted(spec, codec.num_classes, fitted_rows(logits))
     ratio = _first_axis_length(parameters) / _first_axis_length(cut_parameters)
     return cut.with_step(cut_parameters, _step_of(parameters) * ratio)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "make_draft"]
+__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "as_codec", "make_draft"]
 
 import math
 import operator
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.teachers import Autocast, MergedTeacher, ModuleTeacher, SourcedTeacher, Teacher
 from kdcache.build.work import StoredTeacher, Work
 from kdcache.documents import (
+    GIVEN,
     MERGED_NAME,
     Codes,
     Document,
@@ -60,14 +61,14 @@ class PlanOptions:
     add_teachers: bool = False
 
     def __post_init__(self) -> None:
-        if self.codec is not None and not isinstance(self.codec, SPECS):
-            names = ", ".join(f"kdcache.{kind.__name__}(...)" for kind in SPECS)
-            raise OptionError(f"codec is {self.codec!r}; give {names}, or max_kl=, or bytes_per_row=")
+        object.__setattr__(self, "codec", as_codec(self.codec))
         given = [name for name in ("codec", "max_kl", "bytes_per_row") if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionError(f"{' and '.join(given)} exclude each other: give one of them. Nothing was written")
         if self.max_kl is not None or self.bytes_per_row is not None:
-            target = RateTarget.make(max_kl=_as_float(self.max_kl), bytes_per_row=_as_float(self.bytes_per_row))
+            target = RateTarget.make(
+                max_kl=_as_float("max_kl", self.max_kl), bytes_per_row=_as_float("bytes_per_row", self.bytes_per_row)
+            )
             object.__setattr__(self, "codec", target)
             object.__setattr__(self, "max_kl", None)
             object.__setattr__(self, "bytes_per_row", None)
@@ -154,8 +155,27 @@ def _is_complete(store: CacheStore, plan: PlanDocument) -> bool:
     return expected <= standing and store.index_digest() == complete.index_digest
 
 
-def _as_float(value: float | None) -> float | None:
-    return None if value is None else float(value)
+def as_codec(value: Any) -> PlannedCodec | None:
+    """Give a codec spec; a mapping is read as a job file's `codec` table is."""
+    if value is None or isinstance(value, SPECS):
+        return cast("PlannedCodec | None", value)
+    kinds = {str(kind.model_fields["kind"].default): kind for kind in SPECS if kind is not RateTarget}
+    if isinstance(value, Mapping) and value.get("kind") in kinds:
+        return cast("PlannedCodec", kinds[value["kind"]].from_mapping(value, source=GIVEN))
+    names = ", ".join(f"kdcache.{kind.__name__}(...)" for kind in SPECS)
+    tables = ", ".join(repr({"kind": kind}) for kind in kinds)
+    raise OptionError(
+        f"codec is {value!r}; give {names}, or a mapping as in a job file ({tables}, with further options), or "
+        "max_kl=, or bytes_per_row=. Nothing was written"
+    )
+
+
+def _as_float(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, str | bytes | bool) or not hasattr(value, "__float__"):
+        raise OptionError(f"{name} is {value!r}; expected a number. Nothing was written")
+    return float(value)
 
 
 def _as_count(name: str, value: int, *, least: int) -> int:
@@ -226,6 +246,11 @@ def _stored_teachers(plan: PlanDocument, members: Sequence[Teacher]) -> tuple[St
 
 
 def _as_teachers(teachers: Teachers, *, device: str, autocast: Autocast) -> tuple[Teacher, ...]:
+    if isinstance(teachers, nn.Module) or callable(getattr(teachers, "running", None)):
+        raise JobError(
+            f"teachers is one {type(teachers).__qualname__}; give it under a name: teachers={{'name': module}}. "
+            "Nothing was written"
+        )
     if not isinstance(teachers, Mapping):
         members = tuple(teachers)
     else:

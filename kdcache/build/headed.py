@@ -52,7 +52,7 @@ class TeacherWithHead(nn.Module):
         if not isinstance(head, nn.Linear):
             raise JobError(
                 f"TeacherWithHead needs a torch.nn.Linear as its head, got a {type(head).__qualname__}. Give the whole "
-                "network as the teacher instead. Nothing was written"
+                "network, which must end in logits, as the teacher instead. Nothing was written"
             )
         if softcap is not None and not softcap > 0:
             raise JobError(f"softcap must be above 0, got {softcap}. Nothing was written")
@@ -75,12 +75,11 @@ class TeacherWithHead(nn.Module):
         Raises
         ------
         JobError
-            The parts do not give the model's logits.
+            It is no model of transformers, or one without a head, or the parts do not give the model's logits.
         """
+        head = _output_embeddings(model)
         config = model.config
-        teacher = cls(
-            model.base_model, model.get_output_embeddings(), softcap=_option(config, "final_logit_softcapping")
-        )
+        teacher = cls(model.base_model, head, softcap=_option(config, "final_logit_softcapping"))
         scaled = [name for name in _SCALES if _option(config, name) not in {None, 1}]
         reason = f"it scales its logits ({', '.join(scaled)})" if scaled else teacher._difference(model)
         if reason:
@@ -132,6 +131,24 @@ class TeacherWithHead(nn.Module):
             model.train(was_training)
         gap = float((ours.float() - theirs.float()).abs().amax())
         return None if gap <= 0.01 * float(theirs.float().abs().amax()) else f"its logits differ by {gap:.3g}"
+
+
+def _output_embeddings(model: Any) -> Any:
+    """Give a model's head; without one there are no logits, only hidden states, and these must not be cached."""
+    kind = type(model).__qualname__
+    if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
+        raise JobError(
+            f"TeacherWithHead.from_transformers takes a causal language model of transformers, got a {kind}. For other "
+            "networks give the parts, TeacherWithHead(body, head), or the network itself as the teacher, if it gives "
+            "logits. Nothing was written"
+        )
+    head = model.get_output_embeddings()
+    if head is None:
+        raise JobError(
+            f"{kind} has no head: it gives hidden states, no logits. Give the model with its language head, the "
+            "...ForCausalLM (AutoModelForCausalLM.from_pretrained). Nothing was written"
+        )
+    return head
 
 
 def _option(config: Any, name: str) -> Any:

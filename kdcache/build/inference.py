@@ -66,6 +66,11 @@ class Inputs:
         self._check_input(int(indices[key.batch_index % len(indices)]))
         return self.transfer_set.read_inputs(indices, view_index=key.view_index)
 
+    def name_row(self, view_index: int, row: int) -> str:
+        """Say which example a row of a view's block is of."""
+        index = self.row_map.example_at(row)
+        return f"example {self.transfer_set.example_id(index)!r} (position {index}, view {view_index})"
+
     def _check_input(self, index: int) -> None:
         digests = self.transfer_set.input_digests
         if digests is None or self.transfer_set.digest_of(index) == digests[index].tobytes():
@@ -125,10 +130,8 @@ class BatchLogits:
 
     def name_row(self, shard_index: int, row: int) -> str:
         """Say which example a row of a shard is of."""
-        row_map = self._inputs.row_map
-        view_index, first, _ = row_map.shard_rows(shard_index)
-        index = row_map.example_at(first + row)
-        return f"example {self._inputs.transfer_set.example_id(index)!r} (position {index}, view {view_index})"
+        view_index, first, _ = self._inputs.row_map.shard_rows(shard_index)
+        return self._inputs.name_row(view_index, first + row)
 
     def _logits(self, key: BatchKey, inputs: Any) -> Tensor:
         try:
@@ -155,17 +158,27 @@ class BatchLogits:
             )
         num_classes = logits.shape[-1] if self._head is None else self._classes_of(self._head, logits)
         if self._num_classes is not None and num_classes != self._num_classes:
-            raise WrongClassCountError(
-                f"teacher {self._name!r} gives {num_classes} classes, the cache has {self._num_classes}. Every "
-                "teacher of an ensemble covers the same classes in the same order. Nothing of this teacher was "
-                "written; give a teacher with the right head, or build it into a cache of its own"
-            )
+            raise WrongClassCountError(self._other_classes(num_classes))
         rows = self._as_rows(logits, row_map.num_rows[examples])
         # of logits, -inf beside a finite one is a masked class
         extreme = rows.amax(dim=1) if self._head is None else rows.abs().amax(dim=1)
         if rows.numel() and not bool(extreme.isfinite().all()):
             self._report_non_finite(key, rows, extreme)
         return rows if self._head is None else HeadLogits(rows, self._head)
+
+    def _other_classes(self, found: int) -> str:
+        plan = self._inputs.row_map.plan
+        if self._name == plan.stored_names[0]:  # nothing but the option can have said otherwise
+            return (
+                f"teacher {self._name!r} gives {found} classes, and num_classes={self._num_classes} was asked for. "
+                f"Leave num_classes out, or give num_classes={found}, or a teacher with the right head. Nothing of "
+                "this teacher was written"
+            )
+        return (
+            f"teacher {self._name!r} gives {found} classes, the cache has {self._num_classes}. Every teacher of an "
+            "ensemble covers the same classes in the same order. Nothing of this teacher was written; give a teacher "
+            "with the right head, or build it into a cache of its own"
+        )
 
     def _classes_of(self, head: Head, hidden: Tensor) -> int:
         num_classes, num_components = head.weight.shape

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 __all__ = ["Forecast", "RatePoint", "TeacherForecast", "pilot_batches", "run_pilot"]
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from kdcache.build.candidates import Candidate
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
-from kdcache.build.rate_control import Candidate, choose_codec
+from kdcache.build.masks import count_other_masks
+from kdcache.build.rate_control import choose_codec
+from kdcache.build.refusals import naming_rows, refuse_probabilities
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.spool import PilotLogits
 from kdcache.build.work import StoredTeacher
@@ -73,6 +78,8 @@ class TeacherForecast:
         Measured in this process.
     points : tuple of RatePoint
         Every codec that was measured, the one chosen among them; of a plan also other steps of its basis.
+    num_other_masks : int
+        Rows of the pilot that mask (-inf) other classes than most of its rows do.
     """
 
     name: str
@@ -84,6 +91,7 @@ class TeacherForecast:
     inference_seconds_per_row: float
     encode_seconds_per_row: float
     points: tuple[RatePoint, ...]
+    num_other_masks: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,15 @@ class Pilot:
 
 
 def pilot_batches(row_map: RowMap, num_pilot_rows: int) -> list[BatchKey]:
-    """Choose whole batches of the first view, spread evenly over the transfer set, with about `num_pilot_rows` rows."""
+    """Choose whole batches, spread evenly over the transfer set, with about `num_pilot_rows` rows; views take turns.
+
+    No example is in it twice, so that what is held out is of other examples than what codecs are fitted to.
+    """
     rows_per_batch = max(1, row_map.plan.cache.num_rows // row_map.num_batches)
     count = min(row_map.num_batches, -(-num_pilot_rows // rows_per_batch))
     chosen = np.unique(np.linspace(0, row_map.num_batches - 1, count).round().astype(int))
-    return [BatchKey(0, int(index)) for index in chosen]
+    views = itertools.cycle(range(row_map.plan.cache.num_views))
+    return [BatchKey(view_index, int(index)) for view_index, index in zip(views, chosen, strict=False)]
 
 
 @torch.inference_mode()
@@ -150,6 +162,8 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
     ------
     NonFiniteLogitsError, WrongClassCountError, CodecError
         The teacher's logits cannot be cached; nothing has been written.
+    TeacherError
+        The teacher failed, or gives probabilities in place of logits.
     """
     plan = inputs.row_map.plan
     keys = pilot_batches(inputs.row_map, plan.num_pilot_rows)
@@ -166,8 +180,11 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
                 num_timed_rows += len(piece)
             collected.add(piece.hidden if isinstance(piece, HeadLogits) else piece)
             kept.add(key, piece)
-        logits = collected.rows() if head is None else HeadLogits(collected.rows(), head)
-    chosen, candidates = choose_codec(logits, plan)
+        logits = collected.logits(head)
+        if isinstance(logits, Tensor):
+            refuse_probabilities(stored.name, logits)
+    with naming_rows(stored.name, lambda row: inputs.name_row(*_place_of(inputs.row_map, keys, row))):
+        chosen, candidates = choose_codec(logits, plan)
     further = further_candidates(chosen, candidates, logits, plan) if with_curve else []
     forecast = TeacherForecast(
         name=stored.name,
@@ -179,6 +196,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
         inference_seconds_per_row=inference_seconds / max(1, num_timed_rows),
         encode_seconds_per_row=chosen.encode_seconds_per_row,
         points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
+        num_other_masks=count_other_masks(logits) if isinstance(logits, Tensor) else 0,
     )
     return Pilot(chosen.codec, dict(chosen.parameters), forecast, kept.logits)
 
@@ -191,6 +209,16 @@ def _point(candidate: Candidate, *, is_choice: bool) -> RatePoint:
 
 def _num_rows(row_map: RowMap, keys: list[BatchKey]) -> int:
     return sum(end - first for first, end in map(row_map.rows_of_batch, keys))
+
+
+def _place_of(row_map: RowMap, keys: list[BatchKey], row: int) -> tuple[int, int]:
+    """Give the view and the row of its block that a row of the pilot is."""
+    for key in keys:
+        first, end = row_map.rows_of_batch(key)
+        if row < end - first:
+            return key.view_index, first + row
+        row -= end - first
+    raise IndexError(row)
 
 
 class _Kept:

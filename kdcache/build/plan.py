@@ -147,8 +147,22 @@ def make_plan(
     layout = choose_layout(
         codec, num_classes=num_classes, num_rows=num_rows, shard_rows=shard_rows, chunk_rows=chunk_rows
     )
+    return PlanDocument.make(
+        cache=_cache_document(transfer_set, layout, num_classes=num_classes, num_rows=num_rows, merge=merge),
+        teachers=tuple(fingerprints),
+        weights=weights,
+        codec=codec,
+        batch_size=BATCH_SIZE if batch_size is None else batch_size,
+        num_pilot_rows=min(_pilot_rows(codec, num_classes) if num_pilot_rows is None else num_pilot_rows, num_rows),
+        keeps_chunk_rows=True if isinstance(codec, RateTarget) and keeps_chunk_rows else None,
+    )
+
+
+def _cache_document(
+    transfer_set: TransferSet, layout: Layout, *, num_classes: int, num_rows: int, merge: Merge
+) -> CacheDocument:
     views = transfer_set.views
-    cache = CacheDocument.make(
+    return CacheDocument.make(
         num_classes=num_classes,
         num_examples=len(transfer_set),
         num_rows=num_rows,
@@ -161,15 +175,6 @@ def make_plan(
         has_input_digests=transfer_set.digests_inputs,
         view=None if views is None else View.make(name=views.name, seed=views.seed),
         merge=merge,
-    )
-    return PlanDocument.make(
-        cache=cache,
-        teachers=tuple(fingerprints),
-        weights=weights,
-        codec=codec,
-        batch_size=BATCH_SIZE if batch_size is None else batch_size,
-        num_pilot_rows=min(_pilot_rows(codec, num_classes) if num_pilot_rows is None else num_pilot_rows, num_rows),
-        keeps_chunk_rows=True if isinstance(codec, RateTarget) and keeps_chunk_rows else None,
     )
 
 

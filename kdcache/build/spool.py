@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kdcache.codecs.head_logits import Head, HeadLogits, Logits
 from kdcache.errors import StoreError, TeacherError
 
 SPOOL_BYTES = 2**31
@@ -68,6 +69,14 @@ class PilotLogits:
         if self._room is None:
             return torch.empty(0, 0)
         return self._room[: self._count]
+
+    def logits(self, head: Head | None) -> Logits:
+        """Give all rows: as they are, or as hidden states with their head, which moves to where they lie.
+
+        A head may come from an accelerator, and the rows lie in a file: what is fitted to them works on one device.
+        """
+        rows = self.rows()
+        return rows if head is None else HeadLogits(rows, head.to(rows.device))
 
     def _made(self, batch: Tensor) -> Tensor:
         shape = (self._num_rows, batch.shape[1])

@@ -6,12 +6,20 @@ of the stored shard; nothing else counts, so a task may run twice, in two places
 
 from __future__ import annotations
 
-__all__ = ["Destination", "certify", "certify_codes", "is_done", "publish_shard", "remaining_shards", "run_tasks"]
+__all__ = [
+    "Destination",
+    "certify",
+    "certify_codes",
+    "is_done",
+    "measure_every_row",
+    "publish_shard",
+    "remaining_shards",
+    "run_tasks",
+]
 
 import functools
 import hashlib
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from kdcache.build.inference import BatchLogits, shard_logits
+from kdcache.build.refusals import ROW
 from kdcache.build.rows import RowMap
 from kdcache.codecs import (
     BOUND_TEMPERATURES,
@@ -35,10 +45,13 @@ from kdcache.codecs import (
     parameters_to,
     scaled_bounds,
 )
+from kdcache.codecs.base import row_blocks, rows_of_codes
+from kdcache.codecs.divergence import TEMPERATURES
+from kdcache.codecs.guard import breach_of_target, guarded_kl
 from kdcache.codecs.head_logits import Logits, on_device
 from kdcache.codecs.row_errors import RowErrors
 from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
-from kdcache.errors import CodecError, CorruptCacheError
+from kdcache.errors import CodecError, CorruptCacheError, NonFiniteLogitsError
 from kdcache.store import CacheStore
 
 HASHING_THREADS = 8
@@ -52,6 +65,9 @@ ADOPTED_ERROR_FACTOR = 4.0
 
 ADOPTED_KL = 0.02
 """What its mean KL may be beyond that, in nats, where a codec has no error range."""
+
+ADOPTED_TOLERANCE = 0.05
+"""Share by which it may pass the codec's target, held against logits that other hardware has rounded otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,16 +162,13 @@ def _encoded(
     """Encode a shard's rows; a refusal says which example it is about, and what is kept."""
     try:
         return decoder.encode_measured(logits)
-    except CodecError as error:
-        named = _ROW.search(str(error))
-        about = f" Row {named[1]} is of {name_row(int(named[1]))}." if named and name_row else ""
-        raise CodecError(
+    except (CodecError, NonFiniteLogitsError) as error:
+        named = ROW.search(str(error))
+        about = f" Row {named[1]} of the shard is of {name_row(int(named[1]))}." if named and name_row else ""
+        raise type(error)(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} cannot be "
-            f"encoded. {error}{about} Rows count from the shard's first; shards that are published are kept"
+            f"encoded. {error}{about} Shards that are published are kept"
         ) from error
-
-
-_ROW = re.compile(r"\bRow (\d+)\b")
 
 
 def certify(logits: Tensor, decoded: Tensor) -> CertificateDocument:
@@ -211,8 +224,7 @@ def _bounded_certificate(divergences: Tensor, scaled: Tensor, error_ranges: Tens
 def _measured(decoder: Decoder, logits: Logits, codes: Tensor) -> Tensor:
     """Measure KL [row, temperature] at the ladder, on all rows or evenly spread ones."""
     rows = _measured_rows(logits)
-    chosen = codes.view(torch.int16)[rows].view(codes.dtype) if codes.dtype == torch.uint16 else codes[rows]
-    return measure_codes(decoder, logits[rows], chosen, LADDER)
+    return measure_codes(decoder, logits[rows], rows_of_codes(codes, rows), LADDER)
 
 
 def _measured_rows(logits: Logits) -> Tensor:
@@ -242,7 +254,9 @@ def _certify_standing(
     if np.array_equal(standing, ours):
         return certificate
     codes, on_cpu = torch.from_numpy(standing), on_device(logits, "cpu")
-    foreign = _foreign(destination.decoder, on_cpu, codes, certificate)
+    foreign = _foreign(destination.decoder, on_cpu, codes, certificate) or _beyond_target(
+        destination.decoder, on_cpu, codes
+    )
     if foreign:
         raise CorruptCacheError(
             f"cache {destination.store.address}: shard {shard_index} of teacher {destination.teacher.name!r} stands "
@@ -275,6 +289,24 @@ def _foreign(decoder: Decoder, logits: Logits, codes: Tensor, ours: CertificateD
                 f"{temperature:g} (ours: {own:.3g})"
             )
     return None
+
+
+def _beyond_target(decoder: Decoder, logits: Logits, codes: Tensor) -> str | None:
+    """Say how another run's shard breaks the target that the certificate of this cache promises."""
+    target = guarded_kl(decoder.codec.spec)
+    if target is None:
+        return None
+    divergences = measure_every_row(decoder, logits, codes, TEMPERATURES)
+    breach = breach_of_target(divergences, target, tolerance=ADOPTED_TOLERANCE)
+    return None if breach is None else f"breaks the codec's target: {breach}"
+
+
+def measure_every_row(
+    decoder: Decoder, logits: Logits, codes: Tensor, temperatures: Sequence[float]
+) -> Float64[Tensor, "row temperature"]:
+    """Measure KL in nats of all rows, making logits for a block of them at a time."""
+    blocks = row_blocks(*logits.shape, max_elements=MEASURED_ELEMENTS)
+    return torch.cat([measure_codes(decoder, logits[block], codes[block], temperatures) for block in blocks])
 
 
 def _smallest_finite(logits: Tensor) -> float:

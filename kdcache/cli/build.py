@@ -18,8 +18,9 @@ from kdcache.cli.output import (
     Threads,
     print_json,
     progress_bar,
-    readable_bytes,
     say,
+    sizes_as_json,
+    stored_sizes,
     use_threads,
 )
 from kdcache.documents import DaskCluster, DaskLocal, ExecutorSpec
@@ -76,19 +77,18 @@ def build(
             show(f"{step.stage} {step.teacher}", step.done_rows, step.total_rows)
 
         cache = build_job(loaded, executor=executor, add_teachers=add_teachers, on_progress=on_progress)
-    status = read_status(cache.address)
-    num_bytes = sum(teacher.num_bytes for teacher in status.teachers)
     complete = cache.complete
     if json:
+        num_bytes = sum(teacher.num_bytes for teacher in read_status(cache.address).teachers)
         print_json({
             "address": cache.address, "num_bytes": num_bytes, "num_rows": cache.document.num_rows,
             "teachers": list(cache.teacher_names), "data_digest": complete.data_digest if complete else None,
+            "sizes": sizes_as_json(cache),
         })  # fmt: skip
         return
-    rows = cache.document.num_rows * cache.num_views * len(cache.teachers)
     say(
         f"[bold]{escape(cache.address)}[/bold] is complete: {cache.num_examples:,} examples, "
-        f"{len(cache.teachers)} stored teacher(s), {readable_bytes(num_bytes)} ({num_bytes / rows:.3g} bytes a row)"
+        f"{len(cache.teachers)} stored teacher(s), {stored_sizes(cache)}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["advice", "forecast_as_json", "plot_forecast", "print_forecast"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.build import Forecast, TeacherForecast
+from kdcache.build.candidates import MIN_ROWS_FOR_BASIS
 from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_codes, spectral_parameter_bytes
 from kdcache.build.pilot import RatePoint
-from kdcache.build.rate_control import MIN_ROWS_FOR_BASIS
-from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say
-from kdcache.documents import CertificateDocument, CodecSpec, Codes, Lossless, Spectral, TopK
+from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say, sizes_in_words
+from kdcache.documents import (
+    CertificateDocument,
+    CodecSpec,
+    Codes,
+    Lossless,
+    RateTarget,
+    Spectral,
+    TopK,
+    codec_in_words,
+)
 from kdcache.report import RatePoints, rate_curves
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -102,10 +111,13 @@ def print_forecast(forecast: Forecast, *, json: bool) -> None:
         console.print(_paid_back(forecast))
     for sentence in _grouped_advice(forecast):
         say(escape(sentence))
-    say(
-        f"forecast: {readable_bytes(forecast.num_bytes)} and {readable_seconds(forecast.seconds)} in this process; "
-        "nothing was written"
+    sizes = sizes_in_words(
+        codes=forecast.num_bytes - sum(item.parameter_bytes for item in forecast.teachers),
+        parameters=sum(item.parameter_bytes for item in forecast.teachers),
+        num_rows=forecast.num_stored_rows,
+        num_teachers=max(1, len(forecast.teachers)),
     )
+    say(f"forecast: {sizes}; {readable_seconds(forecast.seconds)} in this process; nothing was written")
 
 
 def forecast_as_json(forecast: Forecast) -> dict[str, Any]:
@@ -163,7 +175,7 @@ def _choices(forecast: Forecast) -> Table:
         kl = _kl(item.certificate)
         table.add_row(
             escape(item.name),
-            _in_words(item.codec),
+            codec_in_words(item.codec),
             f"{item.bytes_per_row:,.4g}",
             readable_bytes(item.parameter_bytes),
             *(f"{mean:.2g}" for mean, _, _ in kl.values()),
@@ -202,7 +214,7 @@ def _measured(forecast: Forecast) -> Table:
         for index, point in enumerate(sorted(item.points, key=lambda point: point.bytes_per_row)):
             table.add_row(
                 "" if index else escape(item.name),
-                _in_words(point.codec),
+                codec_in_words(point.codec),
                 f"{point.bytes_per_row:,.4g}",
                 readable_bytes(point.bytes_over(forecast.num_stored_rows)),
                 *(f"{mean:.2g}" for mean, _, _ in _kl(point.certificate).values()),
@@ -210,21 +222,6 @@ def _measured(forecast: Forecast) -> Table:
                 style="bold" if point.is_choice else None,
             )
     return table
-
-
-def _in_words(spec: CodecSpec) -> str:
-    if isinstance(spec, Spectral):
-        how = f"step {spec.step:.3g}" if spec.step is not None else f"max_kl {spec.max_kl or 0.01:.3g}"
-        return f"basis of {spec.rank}, {how}"
-    if isinstance(spec, Codes):
-        return f"{spec.dtype} codes" + (", uniform" if spec.spacing == "uniform" else "") + _target(spec.max_kl)
-    if isinstance(spec, TopK):
-        return f"top-{spec.k}, tail {spec.tail}" + _target(spec.max_kl)
-    return f"{spec.kind} {spec.dtype}"
-
-
-def _target(max_kl: float | None) -> str:
-    return "" if max_kl is None else f", max_kl {max_kl:.3g}"
 
 
 def _basis_point(item: TeacherForecast) -> RatePoint | None:
@@ -256,7 +253,7 @@ def _break_even(forecast: Forecast, item: TeacherForecast) -> dict[str, int | No
 def _paid_back(forecast: Forecast) -> Table:
     found = {item.name: _break_even(forecast, item) for item in forecast.teachers}
     paid = {name: counts for name, counts in found.items() if counts}
-    columns = list(next(iter(paid.values())))
+    columns = list(dict.fromkeys(column for counts in paid.values() for column in counts))
     table = Table(
         "teacher",
         *columns,
@@ -266,9 +263,15 @@ def _paid_back(forecast: Forecast) -> Table:
         pad_edge=False,
     )
     for name, counts in paid.items():
-        cells = ("never" if counts[column] is None else f"{counts[column]:,}" for column in columns)
-        table.add_row(escape(name), *cells)
+        table.add_row(escape(name), *(_break_even_in_words(counts, column) for column in columns))
     return table
+
+
+def _break_even_in_words(counts: Mapping[str, int | None], column: str) -> str:
+    if column not in counts:
+        return "-"  # not measured: the codec cannot hold this teacher's logits
+    count = counts[column]
+    return "never" if count is None else f"{count:,}"
 
 
 def _grouped_advice(forecast: Forecast) -> Iterator[str]:
@@ -293,6 +296,13 @@ def _advice_of(forecast: Forecast, item: TeacherForecast) -> tuple[str, ...]:
     )
     if isinstance(planned, Codes | Lossless) and cache.num_classes >= MANY_CLASSES:
         found += ("Many classes: --max-kl 0.01, say, measures whether a basis takes less.",)
+    if isinstance(planned, RateTarget) and item.num_other_masks:
+        told = (
+            f"Masks differ: {item.num_other_masks:,} of {item.num_pilot_rows:,} rows of the pilot mask (-inf) other "
+            "classes than most rows do. A basis and class means keep one mask for all rows, so that only codecs of a "
+            "byte a class and more are left. Mask the same classes in every row, or none, where the teacher allows it."
+        )
+        found += (told,)
     return found
 
 
@@ -308,4 +318,4 @@ def _drawn(point: RatePoint) -> RatePoints:
 def _series(spec: CodecSpec) -> str:
     if isinstance(spec, Spectral):
         return "basis"
-    return f"top-k, tail {spec.tail}" if isinstance(spec, TopK) else _in_words(spec)
+    return f"top-k, tail {spec.tail}" if isinstance(spec, TopK) else codec_in_words(spec)

@@ -17,10 +17,14 @@ __all__ = [
     "readable_bytes",
     "readable_seconds",
     "say",
+    "sizes_as_json",
+    "sizes_in_words",
+    "stored_sizes",
     "use_threads",
 ]
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -33,6 +37,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdcache import jobs
+from kdcache.cache import SoftTargetCache
 from kdcache.documents import GIVEN
 from kdcache.errors import CorruptCacheError, DocumentError, ExecutorError, IncompleteCacheError, KdcacheError
 
@@ -133,6 +138,47 @@ def use_threads(count: int | None) -> None:
         import torch  # the commands that only look at a cache's documents do without it
 
         torch.set_num_threads(count)
+
+
+def sizes_in_words(
+    *, codes: float, parameters: float, ids_and_documents: float | None = None, num_rows: int, num_teachers: int
+) -> str:
+    """Write what a cache takes, the whole first; before it is built, ids and documents are not known.
+
+    Parameters
+    ----------
+    codes, parameters, ids_and_documents : float
+        Bytes of all teachers.
+    num_rows : int
+        Rows that each teacher stores.
+    num_teachers : int
+        Stored teachers.
+    """
+    whole = codes + parameters + (ids_and_documents or 0)
+    each = "bytes a row" if num_teachers == 1 else "bytes a row and teacher"
+    parts = [f"codes {readable_bytes(codes)}", f"parameters {readable_bytes(parameters)}"]
+    parts += [] if ids_and_documents is None else [f"ids and documents {readable_bytes(ids_and_documents)}"]
+    about = "; ids and documents come on top" if ids_and_documents is None else ""
+    return f"{readable_bytes(whole)}, {whole / num_rows / num_teachers:,.4g} {each} ({', '.join(parts)}{about})"
+
+
+def stored_sizes(cache: SoftTargetCache) -> str:
+    """Write what a cache that stands takes on disk."""
+    sizes = cache.sizes()
+    return sizes_in_words(
+        codes=sizes.code_bytes,
+        parameters=sizes.parameter_bytes,
+        ids_and_documents=sizes.id_bytes + sizes.document_bytes,
+        num_rows=cache.document.num_rows * cache.num_views,
+        num_teachers=len(cache.teachers),
+    )
+
+
+def sizes_as_json(cache: SoftTargetCache) -> dict[str, float]:
+    """Give what a cache that stands takes on disk, as JSON holds it."""
+    sizes = cache.sizes()
+    rows = cache.document.num_rows * cache.num_views * len(cache.teachers)
+    return {**dataclasses.asdict(sizes), "num_bytes": sizes.num_bytes, "bytes_per_row": sizes.num_bytes / rows}
 
 
 def readable_bytes(count: float) -> str:

@@ -7,8 +7,10 @@ __all__ = [
     "TORCH_DTYPES",
     "Codec",
     "Decoder",
+    "LogitCodec",
     "MeasuringCodec",
     "StorageDtype",
+    "block_elements",
     "check_codes",
     "check_logits",
     "check_num_classes",
@@ -16,6 +18,7 @@ __all__ = [
     "checked_temperature",
     "parameters_to",
     "row_blocks",
+    "rows_of_codes",
 ]
 
 import math
@@ -48,6 +51,9 @@ TORCH_DTYPES: Mapping[StorageDtype, torch.dtype] = {
 
 BLOCK_ELEMENTS = 2**18
 """Elements worked on at a time: few enough for the temporaries to stay within a processor's cache."""
+
+BLOCK_ELEMENTS_ON_DEVICE = 2**26
+"""The same on an accelerator, where a step over few elements takes no less time than one over many."""
 
 
 class Codec(Protocol):
@@ -155,6 +161,31 @@ class Codec(Protocol):
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""
+
+
+class LogitCodec:
+    """What codecs have in common whose decoded logits serve every temperature, and whose parameters need no preparing.
+
+    A codec that works faster on other parameters overrides how they are prepared.
+    """
+
+    @property
+    def depends_on_temperature(self) -> bool:
+        """False: the logits serve every temperature."""
+        return False
+
+    @property
+    def is_normalised(self) -> bool:
+        """False: decoded logits are softened by a softmax."""
+        return False
+
+    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
+
+    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give the parameters as they are."""
+        return parameters
 
 
 @runtime_checkable
@@ -309,11 +340,21 @@ def parameters_to(
     return {name: value.to(device) for name, value in tensors.items()}
 
 
+def block_elements(device: torch.device) -> int:
+    """Give how many elements are worked on at a time on a device."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else BLOCK_ELEMENTS_ON_DEVICE
+
+
 def row_blocks(num_rows: int, num_columns: int, *, max_elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
     """Cut rows into consecutive blocks of at most `max_elements` elements, one row at least."""
     step = max(1, max_elements // max(1, num_columns))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def rows_of_codes(codes: Shaped[Tensor, "row column"], rows: Tensor) -> Shaped[Tensor, "row column"]:
+    """Take some rows of codes, by their numbers; torch indexes no uint16."""
+    return codes.view(torch.int16)[rows].view(torch.uint16) if codes.dtype == torch.uint16 else codes[rows]
 
 
 def checked_temperature(temperature: float | Tensor) -> float:

@@ -18,12 +18,14 @@ from torch import Tensor
 from kdcache.codecs.base import (
     BLOCK_ELEMENTS,
     TORCH_DTYPES,
+    LogitCodec,
     StorageDtype,
     check_codes,
     check_logits,
     check_num_classes,
     check_row_values,
     row_blocks,
+    rows_of_codes,
 )
 from kdcache.codecs.certificate import LADDER, measure
 from kdcache.codecs.divergence import TEMPERATURES, divergences
@@ -48,7 +50,7 @@ _NAN_BITS = 0x7FC00000
 
 
 @dataclass(frozen=True)
-class CodesCodec:
+class CodesCodec(LogitCodec):
     r"""Keeps gap = row maximum - logit as a code: gap is nearly codebook[code] * 2^h, with an exponent h a row.
 
     - Columns: one code a class, then the row's exponent h. Code 0 is gap 0, exactly: the maximum's class stays on top.
@@ -143,16 +145,6 @@ class CodesCodec:
         """Logits that a row's unmasked classes may span: 1,012 with uint8 codes, 262,132 with uint16."""
         return WIDEST_MEAN_SPACING * self._last_code
 
-    @property
-    def depends_on_temperature(self) -> bool:
-        """False: the logits serve every temperature."""
-        return False
-
-    @property
-    def is_normalised(self) -> bool:
-        """False: decoded logits are softened by a softmax."""
-        return False
-
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Fit the codebook to the pilot.
 
@@ -213,14 +205,6 @@ class CodesCodec:
             raise CodecError(
                 "The stored codebook is not c (a + b c) of the stored coefficients: one of them is altered."
             )
-
-    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give the parameters as they are."""
-        return parameters
-
-    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give the parameters as they are."""
-        return parameters
 
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]
@@ -382,7 +366,7 @@ class CodesCodec:
         for block in _guard_blocks(logits):
             rows = chosen[block].nonzero()[:, 0] + block.start
             if len(rows):
-                true, coded = logits[rows], self.decode(_rows_of(codes, rows), parameters)
+                true, coded = logits[rows], self.decode(rows_of_codes(codes, rows), parameters)
                 is_plain = bool(coded.isfinite().all())  # `divergences` takes no masked classes
                 if is_plain:
                     felt[rows] = divergences(true, coded, smallest=self.spec.max_kl or 1e-3)
@@ -393,7 +377,9 @@ class CodesCodec:
         linear, quadratic = parameters["coefficients"].unbind()
         last_column = codes[:, -1:].to(torch.int32)
         scale = -_power_of_two(last_column & ~_MASKED_ROW)
-        levels = _as_float(codes[:, :-1])
+        levels = codes[:, :-1]
+        # torch casts uint16 to int32 and on to float32 faster than directly
+        levels = (levels.to(torch.int32) if levels.dtype == torch.uint16 else levels).to(torch.float32)
         is_masked = levels == self.masked_code if _may_have_masked_classes(last_column) else None
         if self.spec.spacing == "uniform":
             logits = levels.mul_(linear * scale)
@@ -463,11 +449,6 @@ def _guard_blocks(logits: Tensor) -> Iterator[slice]:
     return row_blocks(*logits.shape, max_elements=_GUARD_ELEMENTS)
 
 
-def _rows_of(codes: Tensor, rows: Tensor) -> Tensor:
-    """Take rows of codes; torch indexes no uint16."""
-    return codes.view(torch.int16)[rows].view(torch.uint16) if codes.dtype == torch.uint16 else codes[rows]
-
-
 def _gaps(logits: Tensor, *, masked_gap: float | None = None) -> Tensor:
     """Give each class's gap [row, class]; that of masked classes is infinite where `masked_gap` is absent."""
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
@@ -515,8 +496,3 @@ def _power_of_two(exponents: Tensor) -> Tensor:
     """Give 2^exponent exactly, by its bits, for -30 to 30; NaN elsewhere, as in holes."""
     bits = torch.where(exponents.abs() <= MAX_EXPONENT, (exponents + 127) << 23, _NAN_BITS)
     return bits.view(torch.float32)
-
-
-def _as_float(codes: Tensor) -> Tensor:
-    # torch casts uint16 to int32 and on to float32 faster than directly
-    return codes.to(torch.int32).to(torch.float32) if codes.dtype == torch.uint16 else codes.to(torch.float32)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
+from kdcache.codecs.precision import keeps_float32
 from kdcache.errors import NonFiniteLogitsError, ShapeError
 
 
@@ -80,12 +81,18 @@ class Head:
         """Give the head of some classes: a slice, their numbers, or a mask."""
         return Head(self.weight[index], None if self.bias is None else self.bias[index])
 
+    def to(self, device: torch.device | str) -> Head:
+        """Give the head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return self if self.weight.device == torch.device(device) else Head(self.weight.to(device), bias)
+
     def logits(
         self, hidden: Float[Tensor, "row component"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "row class"]:
-        """Multiply, in `dtype`."""
+        """Multiply, in `dtype`; for float32 in float64, where torch may round its factors."""
+        factors = dtype if dtype != torch.float32 or keeps_float32(hidden.device) else torch.float64
         with torch.autocast(hidden.device.type, enabled=False):
-            product = hidden.to(dtype) @ self.weight.to(dtype).T
+            product = (hidden.to(factors) @ self.weight.to(factors).T).to(dtype)
             return product if self.bias is None else product + self.bias.to(dtype)
 
 
@@ -196,6 +203,4 @@ def on_device(logits: Logits, device: torch.device | str) -> Logits:
         return logits.to(device)
     if logits.device == torch.device(device):
         return logits
-    bias = logits.head.bias
-    head = Head(logits.head.weight.to(device), None if bias is None else bias.to(device))
-    return HeadLogits(logits.hidden.to(device), head)
+    return HeadLogits(logits.hidden.to(device), logits.head.to(device))

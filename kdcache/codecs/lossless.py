@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from kdcache.codecs.base import (
+    LogitCodec,
     StorageDtype,
     check_codes,
     check_logits,
@@ -28,7 +29,7 @@ _FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 @dataclass(frozen=True)
-class LosslessCodec:
+class LosslessCodec(LogitCodec):
     """Keeps logits bit for bit; column and class are the same, and there are no parameters.
 
     Strict: logits that the dtype cannot hold exactly are refused, never rounded. -inf, a masked class, is kept like any
@@ -76,16 +77,6 @@ class LosslessCodec:
         """NaN, or for bfloat16 the bits 0xFFFF, which are a NaN: no logit has them."""
         return 0xFFFF if self.spec.dtype == "bfloat16" else float("nan")
 
-    @property
-    def depends_on_temperature(self) -> bool:
-        """False: the logits serve every temperature."""
-        return False
-
-    @property
-    def is_normalised(self) -> bool:
-        """False: decoded logits are softened by a softmax."""
-        return False
-
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Check, in blocks of rows, that the pilot can be held exactly; there is nothing to fit.
 
@@ -114,14 +105,6 @@ class LosslessCodec:
         """
         if parameters:
             raise CodecError(f"The lossless codec has no parameters, got {sorted(parameters)}.")
-
-    def prepare(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give the parameters as they are."""
-        return parameters
-
-    def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Give the parameters as they are."""
-        return parameters
 
     def encode(
         self, logits: Float[Tensor, "row class"], parameters: Mapping[str, Tensor]

@@ -43,6 +43,8 @@ __all__ = [
     "TeacherSource",
     "TopK",
     "View",
+    "codec_in_full",
+    "codec_in_words",
     "completed_teacher",
     "differences",
     "digest_of_digests",
@@ -57,6 +59,7 @@ from kdcache.documents.cache import FORMAT_VERSION, CacheDocument, View
 from kdcache.documents.codec_specs import CodecSpec, Codes, Lossless, PlannedCodec, RateTarget, Spectral, TopK
 from kdcache.documents.completion import completed_teacher, digest_of_digests, merged_bounds
 from kdcache.documents.histogram import Histogram
+from kdcache.documents.in_words import codec_in_full, codec_in_words
 from kdcache.documents.job import (
     BuildOptions,
     CacheOptions,

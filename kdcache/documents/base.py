@@ -8,17 +8,28 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kdcache.documents.problems import WORDS, joined, problems_of
 from kdcache.errors import DocumentError, Problem
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$"
+_IMPORT_STRING = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+WORDS[_NAME] = "a name has letters, digits, '_', '-' and single inner dots, and starts with a letter or digit"
+WORDS[_IMPORT_STRING] = "an import string names a Python object as package.module:attribute"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="A SHA-256 digest in lower-case hexadecimal.")]
 Name = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$",
+        pattern=_NAME,
         max_length=100,
         description="Letters, digits, '_', '-' and single inner dots: safe as a folder's name.",
     ),
@@ -26,7 +37,7 @@ Name = Annotated[
 ImportString = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        pattern=_IMPORT_STRING,
         description="A Python object as `package.module:attribute`.",
     ),
 ]
@@ -36,8 +47,29 @@ GIVEN = "the value given"
 """Source of a document that is made of Python values: what breaks it is a caller's input, not a stored file."""
 
 
-class Document(BaseModel):
-    """Base of every kdcache document: frozen, no unknown fields, no silent conversion."""
+class _DocumentType(ModelMetaclass):
+    """Makes documents from Python values with errors of kdcache's own kind; within others pydantic reports its own."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **fields: Any) -> Any:  # noqa: N805 - of a metaclass
+            if args:
+                told = f"got {', '.join(map(repr, args))} without a name; options are given by name"
+                raise DocumentError(cls.title, GIVEN, (Problem("", "positional", told),), cls.remedy)
+            try:
+                return super().__call__(**fields)
+            except ValidationError as error:
+                raise DocumentError(cls.title, GIVEN, problems_of(error, fields, cls), cls.remedy) from error
+
+
+class Document(BaseModel, metaclass=_DocumentType):
+    """Base of every kdcache document: frozen, no unknown fields, no silent conversion.
+
+    Raises
+    ------
+    DocumentError
+        A field breaks the schema.
+    """
 
     model_config = ConfigDict(
         defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -45,6 +77,8 @@ class Document(BaseModel):
 
     title: ClassVar[str]
     """The document's name in messages and of its schema file."""
+    remedy: ClassVar[str | None] = None
+    """How it is rightly written in Python, for messages."""
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str) -> Self:
@@ -65,7 +99,7 @@ class Document(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise DocumentError(cls.title, source, _problems(error, _parsed(text))) from error
+            raise DocumentError(cls.title, source, problems_of(error, _parsed(text), cls)) from error
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, source: str) -> Self:
@@ -90,10 +124,7 @@ class Document(BaseModel):
         DocumentError
             A field breaks the schema.
         """
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            raise DocumentError(cls.title, GIVEN, _problems(error, fields)) from error
+        return cls(**fields)
 
     def to_mapping(self) -> dict[str, Any]:
         """Give the document as plain JSON types; absent options are left out, so that later ones change no digest."""
@@ -112,39 +143,12 @@ def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, A
     """Walk two JSON values and yield (path, ours, theirs) wherever they differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
-            yield from differences(ours.get(key), theirs.get(key), _joined(path, key))
+            yield from differences(ours.get(key), theirs.get(key), joined(path, key))
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
-            yield from differences(left, right, _joined(path, index))
+            yield from differences(left, right, joined(path, index))
     elif ours != theirs:
         yield path, ours, theirs
-
-
-def _problems(error: ValidationError, value: Any) -> tuple[Problem, ...]:
-    found = [Problem(_path(item["loc"], value), item["type"], item["msg"]) for item in error.errors(include_url=False)]
-    return tuple(problem for problem in found if not _follows_from_others(problem, found))
-
-
-def _follows_from_others(problem: Problem, found: list[Problem]) -> bool:
-    """Pydantic calls a sequence too short once none of its items is valid; the items' own problems say it all."""
-    return problem.kind == "too_short" and any(other.path.startswith(f"{problem.path}[") for other in found)
-
-
-def _path(location: tuple[str | int, ...], value: Any) -> str:
-    path = ""
-    for part in location:
-        if isinstance(value, Mapping) and part not in value and value.get("kind") == part:
-            continue  # pydantic puts the member of a union that was meant between the field and the member's fields
-        path = _joined(path, part)
-        try:
-            value = value[part]
-        except (LookupError, TypeError):
-            value = None
-    return path
-
-
-def _joined(path: str, part: str | int) -> str:
-    return f"{path}[{part}]" if isinstance(part, int) else f"{path}.{part}" if path else part
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -158,10 +162,10 @@ def _not_json(value: Any, path: str = "") -> Iterator[Problem]:
     """Find what JSON has no form for: TOML's dates and infinities, and whatever Python object was given."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _not_json(item, _joined(path, str(key)))
+            yield from _not_json(item, joined(path, str(key)))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _not_json(item, _joined(path, index))
+            yield from _not_json(item, joined(path, index))
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(path, "not_json", f"{value} is no number that JSON can hold")
     elif value is not None and not isinstance(value, str | int | float):

@@ -18,6 +18,7 @@ class Lossless(Document):
     """
 
     title: ClassVar[str] = "codec spec"
+    remedy: ClassVar[str | None] = 'Write kdcache.Lossless(dtype="float16"), say'
 
     kind: Literal["lossless"] = "lossless"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -32,6 +33,7 @@ class Codes(Document):
     """
 
     title: ClassVar[str] = "codec spec"
+    remedy: ClassVar[str | None] = 'Write kdcache.Codes(dtype="uint16"), say, or kdcache.Codes(max_kl=0.01)'
 
     kind: Literal["codes"] = "codes"
     dtype: Literal["uint8", "uint16"] = "uint8"
@@ -39,8 +41,8 @@ class Codes(Document):
     spacing: Literal["uniform", "companded"] = "companded"
     """`companded` spaces levels finely near the maximum, where the probability is, and coarsely in the tail."""
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Target in nats, at temperatures 1, 2 and 4: a shard whose mean KL exceeds it, or a row of which exceeds twice of
-    it, is refused. No row is guarded where absent."""
+    """Target in nats, above 0 and at most 1, at temperatures 1, 2 and 4: a shard whose mean KL exceeds it, or a row of
+    which exceeds twice of it, is refused. No row is guarded where absent."""
 
 
 class Spectral(Document):
@@ -51,11 +53,12 @@ class Spectral(Document):
     """
 
     title: ClassVar[str] = "codec spec"
+    remedy: ClassVar[str | None] = "Write kdcache.Spectral(max_kl=0.01), say: nats above 0 and at most 1"
 
     kind: Literal["spectral"] = "spectral"
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Target in nats, at temperatures 1, 2 and 4: held in the mean over rows, and twice of it by every row. 0.01 where
-    neither this nor `step` is given."""
+    """Target in nats, above 0 and at most 1, at temperatures 1, 2 and 4: held in the mean over rows, and twice of it by
+    every row. 0.01 where neither this nor `step` is given."""
     step: Annotated[float, Field(ge=1e-20, le=1e20)] | None = None
     """A fixed step in place of a target, in units of the basis, which the fit chooses; no row is guarded."""
     rank: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -80,6 +83,7 @@ class TopK(Document):
     """
 
     title: ClassVar[str] = "codec spec"
+    remedy: ClassVar[str | None] = 'Write kdcache.TopK(k=16, tail="class-means"), say'
 
     kind: Literal["topk"] = "topk"
     k: int = Field(default=16, ge=1, le=4096)
@@ -98,8 +102,8 @@ class TopK(Document):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """For tail `samples`: with a row's own logits, it decides what is drawn."""
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """For tail `class-means`: target in nats, at temperatures 1, 2 and 4. A shard whose mean KL exceeds it, or a row of
-    which exceeds twice of it, is refused. No row is guarded where absent."""
+    """For tail `class-means`: target in nats, above 0 and at most 1, at temperatures 1, 2 and 4. A shard whose mean KL
+    exceeds it, or a row of which exceeds twice of it, is refused. No row is guarded where absent."""
 
     @model_validator(mode="after")
     def _check(self) -> TopK:
@@ -112,14 +116,19 @@ class RateTarget(Document):
     """Choose the codec by what it has to reach, measured on held-out rows of each teacher's pilot, not by a formula."""
 
     title: ClassVar[str] = "rate target"
+    remedy: ClassVar[str | None] = (
+        "Give max_kl=0.01, say (nats, above 0 and at most 1), or bytes_per_row=200. Nothing was written"
+    )
 
     kind: Literal["rate-target"] = "rate-target"
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The smallest cache whose mean KL is at most this, in nats, at temperatures 1, 2 and 4. The target is held in the
-    mean over every block of rows, and twice of it by every row: a basis codes rows more finely until they do; `codes`
-    and `topk`, which refuse rows that do not, are chosen only where no held-out row exceeds the target itself."""
+    """The smallest cache whose mean KL is at most this, in nats, above 0 and at most 1, at temperatures 1, 2 and 4. The
+    target is held in the mean over every block of rows, and twice of it by every row: a basis codes rows more finely
+    until they do; `codes` and `topk`, which refuse rows that do not, are chosen only where no held-out row exceeds the
+    target itself."""
     bytes_per_row: Annotated[float, Field(gt=0)] | None = None
-    """The most faithful cache of at most so many bytes a row, the codec's own parameters included."""
+    """The most faithful cache of at most so many bytes a row, the codec's own parameters included; what is kept once a
+    cache, ids and documents, is not."""
 
     @model_validator(mode="after")
     def _check(self) -> RateTarget:

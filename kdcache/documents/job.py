@@ -113,9 +113,11 @@ class CacheOptions(Document):
     codec: CodecSpec | None = None
     """How logits are stored; see below. `codes` where nothing is said of codec, max_kl or bytes_per_row."""
     max_kl: Annotated[float, Field(gt=0, le=1)] | None = None
-    """In place of a codec: the smallest cache whose mean KL, in nats, is at most this at temperatures 1, 2 and 4."""
+    """In place of a codec: the smallest cache whose mean KL, in nats, is at most this at temperatures 1, 2 and 4. Above
+    0 and at most 1."""
     bytes_per_row: Annotated[float, Field(gt=0)] | None = None
-    """In place of a codec: the most faithful cache of at most so many bytes a row."""
+    """In place of a codec: the most faithful cache of at most so many bytes a row and teacher, codes and parameters;
+    ids and documents come on top."""
     merge: Literal["geometric"] | None = None
     """`geometric` stores the mean of the members' logits alone."""
     shard_rows: Positive | None = None

@@ -6,7 +6,7 @@ __all__ = ["SoftTargets"]
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -191,6 +191,11 @@ class SoftTargets:
         SoftTargets
             These rows. They share the codes' memory, and forget `num_rows`.
 
+        Raises
+        ------
+        OptionError
+            `max_elements` is not a whole number of at least 1.
+
         Examples
         --------
         >>> from kdcache.codecs import codec_for
@@ -203,8 +208,10 @@ class SoftTargets:
         slice(2, 4, None) 2.0
         slice(4, 5, None) 1.0
         """
-        for rows in row_blocks(len(self), self.num_classes * len(self.codes), max_elements=max_elements):
-            yield rows, self.rows(rows)
+        if isinstance(max_elements, bool) or not isinstance(max_elements, SupportsIndex) or int(max_elements) < 1:
+            raise OptionError(f"max_elements is {max_elements!r}; expected a whole number of at least 1")
+        blocks = row_blocks(len(self), self.num_classes * len(self.codes), max_elements=max_elements)
+        return ((rows, self.rows(rows)) for rows in blocks)
 
     @property
     def depends_on_temperature(self) -> bool:

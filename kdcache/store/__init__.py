@@ -5,9 +5,19 @@
 
 from __future__ import annotations
 
-__all__ = ["CacheStore", "CodesReader", "ExampleTable", "LocalObjects", "Objects", "PublishedShard", "open_objects"]
+__all__ = [
+    "CacheSizes",
+    "CacheStore",
+    "CodesReader",
+    "ExampleTable",
+    "LocalObjects",
+    "Objects",
+    "PublishedShard",
+    "open_objects",
+]
 
 from kdcache.store.examples import ExampleTable
 from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.reader import CodesReader
+from kdcache.store.sizes import CacheSizes
 from kdcache.store.store import CacheStore, PublishedShard

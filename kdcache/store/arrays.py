@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.store.place import Place
-from kdcache.store.shards import ShardSpec, bytes_codec
+from kdcache.store.shards import Compression, ShardSpec, bytes_codec
 
 _CHECKSUM_BYTES = 4
 
@@ -65,14 +65,16 @@ def array_metadata(
     }
 
 
-def sharded_array_metadata(num_shards: int, spec: ShardSpec, *, dimension_names: Sequence[str]) -> dict[str, Any]:
-    """Give the metadata of an array of whole shards [row, column]."""
+def sharded_array_metadata(
+    num_shards: int, spec: ShardSpec, *, dimension_names: Sequence[str], compression: Compression | None = None
+) -> dict[str, Any]:
+    """Give the metadata of an array of whole shards [row, column]; `compression` is the present one where absent."""
     return array_metadata(
         (num_shards * spec.shard_rows, spec.num_columns),
         dtype=spec.dtype,
         chunk_shape=(spec.shard_rows, spec.num_columns),
         fill=spec.fill,
-        codecs=spec.codecs(),
+        codecs=spec.codecs(compression),
         dimension_names=dimension_names,
     )
 

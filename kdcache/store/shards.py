@@ -9,6 +9,7 @@ would read as another number. All here is pure: bytes in, arrays out, no files.
 from __future__ import annotations
 
 __all__ = [
+    "Compression",
     "ShardSpec",
     "bytes_codec",
     "decode_chunk",
@@ -20,7 +21,7 @@ __all__ = [
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -43,13 +44,34 @@ _SHUFFLE_OF = {
 # and the quickest. Bytes of one significance together, in blocks large enough for a zstd table each, beat
 # bits of one significance: docs/design/0002-inner-codec-chain.md has the figures. Where columns differ in their
 # spread, as the components of the spectral codec do, each column's codes lie together, and of these the bits.
-_BY_COLUMN_CLEVEL = 5
-_BY_COLUMN_BLOCK_BYTES = 64 * 1024
+# Of planes of bits a high level (Blosc's 8 is zstd's 20) makes 2 to 4 % less: docs/design/0004-spectral-codec.md.
 _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _BLOSC_HEADER_BYTES = 16
 _MAX_CHUNK_BYTES = 2**31 - 1 - _BLOSC_HEADER_BYTES
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+
+
+class Compression(NamedTuple):
+    """What Blosc is asked for. Its output says all that reading needs, so this binds writers alone.
+
+    Attributes
+    ----------
+    level
+        Blosc's own scale, 1 to 9.
+    shuffle
+        "noshuffle", "shuffle" or "bitshuffle".
+    block_bytes
+        What is compressed on its own.
+    """
+
+    level: int
+    shuffle: str
+    block_bytes: int
+
+
+_BY_COLUMN = Compression(8, "bitshuffle", 128 * 1024)
+_BY_COLUMN_EARLIER = (Compression(5, "bitshuffle", 64 * 1024),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +146,20 @@ class ShardSpec:
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
-    def compression(self) -> tuple[int, str, int]:
-        """Level, shuffle and block bytes of a chunk's compression."""
-        if self.by_column:
-            return _BY_COLUMN_CLEVEL, "bitshuffle", _BY_COLUMN_BLOCK_BYTES
-        return _CLEVEL, _SHUFFLE_OF[self.dtype], _BLOCK_BYTES
+    def compression(self) -> Compression:
+        """How a chunk is compressed when it is written."""
+        return _BY_COLUMN if self.by_column else Compression(_CLEVEL, _SHUFFLE_OF[self.dtype], _BLOCK_BYTES)
 
-    def codecs(self) -> list[dict[str, Any]]:
-        """Describe the coding as the `codecs` of a Zarr v3 array."""
+    @property
+    def earlier_compressions(self) -> tuple[Compression, ...]:
+        """What earlier releases wrote, and arrays may say for ever."""
+        return _BY_COLUMN_EARLIER if self.by_column else ()
+
+    def codecs(self, compression: Compression | None = None) -> list[dict[str, Any]]:
+        """Describe the coding as the `codecs` of a Zarr v3 array; with an earlier compression where one is given."""
         checksum = {"name": "crc32c"}
-        level, shuffle, block_bytes = self.compression
-        compression = {
+        level, shuffle, block_bytes = compression or self.compression
+        blosc_configuration = {
             "cname": "zstd",
             "clevel": level,
             "shuffle": shuffle,
@@ -147,7 +172,7 @@ class ShardSpec:
             "codecs": [
                 *arrangement,
                 bytes_codec(self.dtype),
-                {"name": "blosc", "configuration": compression},
+                {"name": "blosc", "configuration": blosc_configuration},
                 checksum,
             ],
             "index_codecs": [bytes_codec("uint64"), checksum],

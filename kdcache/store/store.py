@@ -29,6 +29,7 @@ from kdcache.store.index_files import index_digest, open_index, publish_index
 from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
+from kdcache.store.sizes import CacheSizes, sizes_of
 from kdcache.store.teachers import (
     PublishedShard,
     check_codes,
@@ -401,6 +402,10 @@ class CacheStore:
         self._objects.replace(
             layout.ROOT, arrays.to_json(arrays.consolidated_metadata(root, dict(self._files.read_nodes())))
         )
+
+    def sizes(self) -> CacheSizes:
+        """Add up what the cache takes on disk, by what it is for; see `CacheSizes`."""
+        return sizes_of(self._objects)
 
     def remove_stale_partials(self) -> int:
         """Remove what stopped writers left behind; see `LocalObjects.remove_stale_partials`. Gives the files removed.

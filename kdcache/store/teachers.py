@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, CodecSpec, Parameter, Spectral, TeacherDocument, differences
+from kdcache.documents import CacheDocument, CodecSpec, Parameter, Spectral, TeacherDocument, TopK, differences
 from kdcache.errors import CodecError, ShapeError
 from kdcache.store import arrays, layout
 from kdcache.store.files import CacheFiles
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import zarr
 
 _FILLS: dict[str, int | float] = {"uint8": 255, "uint16": 65_535, "float16": math.nan, "float32": math.nan}
+_DIMENSIONS = ("row", "column")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,14 @@ def codec_shard_spec(
     ShapeError
         Such a chunk cannot be stored.
     """
-    by_column = isinstance(codec, Spectral)
+    by_column = isinstance(codec, Spectral | TopK)
     return ShardSpec(shard_rows, chunk_rows, num_columns, storage_dtype, _FILLS[storage_dtype], by_column=by_column)
 
 
 def codes_metadata(teacher_document: TeacherDocument, cache_document: CacheDocument) -> dict[str, Any]:
     """Give the Zarr metadata of a teacher's array of codes: they follow from the two documents alone."""
     spec = shard_spec(teacher_document, cache_document)
-    return arrays.sharded_array_metadata(cache_document.num_shards, spec, dimension_names=("row", "column"))
+    return arrays.sharded_array_metadata(cache_document.num_shards, spec, dimension_names=_DIMENSIONS)
 
 
 def check_codes(
@@ -171,12 +172,22 @@ def open_codes(
     standing = files.read_json(place)
     if standing is None:
         raise place.corrupt("the file is missing")
-    if standing != expected:
+    if standing != expected and standing not in _earlier_metadata(spec, cache_document):
         told = [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, standing)]
         raise place.corrupt(f"the array is not as the documents say ({'; '.join(told[:3])})")
     place_of = functools.partial(files.shard_place, name)
     reader = ShardedReader(files.objects, place_of, spec, cache_document.num_shards, cache_bytes=cache_bytes)
     return CodesReader(reader, cache_document, place_of)
+
+
+def _earlier_metadata(spec: ShardSpec, cache_document: CacheDocument) -> list[dict[str, Any]]:
+    """Give the metadata that earlier releases wrote for such an array."""
+    return [
+        arrays.sharded_array_metadata(
+            cache_document.num_shards, spec, dimension_names=_DIMENSIONS, compression=compression
+        )
+        for compression in spec.earlier_compressions
+    ]
 
 
 def describe_parameters(parameters: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Parameter], str | None]:

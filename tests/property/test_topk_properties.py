@@ -147,7 +147,7 @@ def test_rows_are_coded_independently(logits, spec):
 
 
 @common
-@given(arrays.arrays(np.uint16, (4, 100)), specs, temperatures)
+@given(arrays.arrays(np.uint16, (4, 160)), specs, temperatures)
 def test_any_codes_decode_without_an_error(drawn, spec, temperature):
     codec = TopKCodec(spec, 30)
     parameters = parameters_to(codec.fit(torch.randn(50, 30, generator=torch.Generator().manual_seed(0))), "cpu")

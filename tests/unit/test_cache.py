@@ -19,6 +19,7 @@ from tiny_caches import (
 )
 
 from kdcache import Codes, TopK, TransferSet, open_cache
+from kdcache.certificate import certificate_of
 from kdcache.codecs import LADDER, measure
 from kdcache.documents import CertificateDocument, Histogram
 from kdcache.errors import (
@@ -372,6 +373,11 @@ def test_what_depends_on_temperature_has_measurements_and_no_bounds(cache, monke
     monkeypatch.setattr(type(cache), "certificates", property(lambda _: {"a": measured([0.1], mean=0.1)}))
     certificate = cache.certificate(1.0, teachers=["a"])
     assert (certificate.mean_kl, certificate.kl_bound, certificate.total_variation_bound) == (0.1, None, None)
+
+
+def test_what_a_target_promises_is_never_below_what_was_measured():
+    assert certificate_of([measured([0.021], mean=0.021)], 1.0, targets=[0.01]).kl_bound == 0.021
+    assert certificate_of([measured([0.015], mean=0.015)], 1.0, targets=[0.01]).kl_bound == 0.02
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7, 2.0, 3.9, 4.0, 300.0])

@@ -37,7 +37,7 @@ BUILTINS = {
 }
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)]
 LEAVES = [value for value in CLASSES if value is not KdcacheError]
-DOCUMENT_ERROR = DocumentError("plan", "plans/0.json", (Problem("codec", "missing", "Field required"),))
+DOCUMENT_ERROR = DocumentError("plan", "plans/0.json", (Problem("codec", "missing", "Field required"),), "Give one")
 
 
 def made(kind):
@@ -82,6 +82,7 @@ def test_every_error_travels_between_processes(kind):
 def test_a_document_error_travels_with_its_problems():
     again = pickle.loads(pickle.dumps(DOCUMENT_ERROR))  # noqa: S301
     assert (again.document, again.source, again.problems) == ("plan", "plans/0.json", DOCUMENT_ERROR.problems)
+    assert str(again).endswith("\nGive one")
 
 
 @pytest.mark.parametrize("kind", [UnknownExampleError, UnknownTeacherError])

@@ -9,6 +9,7 @@ import torch
 
 from kdcache.codecs import Decoder, SpectralCodec, codec_for, parameters_to
 from kdcache.documents import Codes, Lossless, Spectral, TopK
+from kdcache.errors import OptionError
 from kdcache.losses import distillation_loss
 from kdcache.soft_targets import MEANS, SoftTargets
 
@@ -111,6 +112,12 @@ def test_row_blocks_cover_the_batch_in_order(max_elements):
     blocks = list(soft_targets.row_blocks(max_elements=max_elements))
     assert [rows.start for rows, _ in blocks] == [0, *(rows.stop for rows, _ in blocks[:-1])]
     assert torch.equal(torch.cat([block.logits() for _, block in blocks]), soft_targets.logits())
+
+
+@pytest.mark.parametrize("max_elements", [0, -1, 2.5, True])
+def test_blocks_of_no_elements_are_refused(max_elements):
+    with pytest.raises(OptionError, match=r"max_elements is .*; expected a whole number of at least 1"):
+        coded(Codes()).row_blocks(max_elements=max_elements)
 
 
 def test_row_blocks_hold_no_more_than_asked_for():

@@ -120,7 +120,23 @@ class DistillKit(Peer):
 
     def encode(self, logits: Float[Tensor, "row class"]) -> Kept:
         """Give the two byte arrays, and the largest class to stand for the token id of the text."""
+        values, classes = self._top(logits)
+        return {
+            "input_ids": classes[:, 0].clone(),
+            "compressed_logprobs": self._packed(values),
+            "bytepacked_indices": pack_bits(classes, self.id_bits),
+        }
+
+    def entries(self, logits: Float[Tensor, "row class"]) -> tuple[Float[Tensor, "row rank"], Int[Tensor, "row rank"]]:
+        """Give log-probabilities and classes as they are read back of what `encode` gives, without packing classes."""
+        values, classes = self._top(logits)
+        return self._log_probabilities(self._packed(values)), classes
+
+    def _top(self, logits: Float[Tensor, "row class"]) -> tuple[Float[Tensor, "row rank"], Int[Tensor, "row rank"]]:
         values, classes = top_classes(logits.float().log_softmax(dim=1), self.k)
+        return values.cpu(), classes.cpu()  # packing is NumPy's
+
+    def _packed(self, values: Float[Tensor, "row rank"]) -> UInt8[Tensor, "row byte"]:
         exact, rest = values[:, : self.exact_k].to(torch.bfloat16), values[:, self.exact_k :]
         pieces = [exact.view(torch.uint8)]
         if rest.shape[1]:
@@ -130,11 +146,7 @@ class DistillKit(Peer):
             for one in self.residual_bins:
                 pieces.append(one.encode(residuals[:, : one.num_elements]))
                 residuals = residuals[:, one.num_elements :]
-        return {
-            "input_ids": classes[:, 0].clone(),
-            "compressed_logprobs": torch.cat(pieces, dim=1),
-            "bytepacked_indices": pack_bits(classes, self.id_bits),
-        }
+        return torch.cat(pieces, dim=1)
 
     def write(self, kept: Kept, folder: Path) -> int:
         """Write sequences of 1,024 rows as Parquet rows, with the library's defaults, and the configuration."""

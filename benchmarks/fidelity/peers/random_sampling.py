@@ -70,7 +70,7 @@ class RandomSampling(Peer):
         """Draw; give classes and counts, padded with count 0 to the most classes a row drew, and the ratios."""
         targets = (logits.float() / self.stored_temperature).softmax(dim=1)
         proposal = tempered(targets, self.proposal_power)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(logits.device).manual_seed(self.seed)
         draws = proposal.multinomial(self.num_draws, replacement=True, generator=generator).sort(dim=1).values
         classes, counts = _counted(draws)
         ratios = (targets.gather(1, classes) / proposal.gather(1, classes)).half()
@@ -110,7 +110,7 @@ class RandomSampling(Peer):
         if self.proposal_power != 1:
             weights = weights * kept["ratios"].float()
         weights = tempered(weights, self.stored_temperature / temperature)
-        return torch.zeros(len(weights), self.num_classes).scatter_add_(1, kept["classes"], weights)
+        return weights.new_zeros(len(weights), self.num_classes).scatter_add_(1, kept["classes"], weights)
 
     @property
     def _length(self) -> str:
@@ -123,5 +123,5 @@ def _counted(draws: Int[Tensor, "row draw"]) -> tuple[Int[Tensor, "row drawn"], 
     starts[:, 1:] = draws[:, 1:] != draws[:, :-1]
     place = starts.cumsum(dim=1) - 1
     num_drawn = int(place.max()) + 1
-    classes, counts = (torch.zeros(len(draws), num_drawn, dtype=torch.int64) for _ in range(2))
+    classes, counts = (draws.new_zeros(len(draws), num_drawn) for _ in range(2))
     return classes.scatter_(1, place, draws), counts.scatter_add_(1, place, torch.ones_like(draws))

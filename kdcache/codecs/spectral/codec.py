@@ -14,7 +14,15 @@ import torch
 from jaxtyping import Bool, Float, Float32, Shaped, UInt16
 from torch import Tensor
 
-from kdcache.codecs.base import StorageDtype, check_codes, check_logits, check_num_classes, check_row_values, row_blocks
+from kdcache.codecs.base import (
+    LogitCodec,
+    StorageDtype,
+    check_codes,
+    check_logits,
+    check_num_classes,
+    check_row_values,
+    row_blocks,
+)
 from kdcache.codecs.guard import DEFAULT_MAX_KL, guarded_kl
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
 from kdcache.codecs.row_errors import RowErrors
@@ -29,6 +37,7 @@ from kdcache.codecs.spectral.guard import (
     rounded,
 )
 from kdcache.codecs.spectral.hidden_rows import HeadRows, PreparedHead
+from kdcache.codecs.spectral.masks import as_index, opened
 from kdcache.codecs.spectral.rows import (
     MadeRows,
     SpectralRows,
@@ -36,6 +45,7 @@ from kdcache.codecs.spectral.rows import (
     decoded_product,
     encoding_parameters,
 )
+from kdcache.codecs.spectral.zigzag import scaled, unzigzag, zigzag
 from kdcache.documents.codec_specs import Spectral
 from kdcache.errors import CodecError, NonFiniteLogitsError
 
@@ -51,7 +61,7 @@ _PER_CLASS = ("mean", "basis", "weights")
 
 
 @dataclass(frozen=True)
-class SpectralCodec:
+class SpectralCodec(LogitCodec):
     r"""Keeps a row's coordinates along principal axes of the logits, quantised with one step.
 
     Logits of a network with d hidden units lie in d dimensions however many classes there are. A row is centred over
@@ -142,16 +152,20 @@ class SpectralCodec:
             )
         masked = masked_classes(pilot)
         if int(masked.sum()) > num_classes - 2:
-            raise CodecError("Fewer than 2 classes are unmasked in the pilot: there is nothing to code.")
+            raise CodecError(
+                "Fewer than 2 classes are unmasked in the pilot: there is nothing to code. Look at the teacher's masks "
+                "(-inf), or use Codes() or Lossless(), which keep such rows."
+            )
         open_pilot = _of_classes(pilot, ~masked) if bool(masked.any()) else pilot
         _check_values(open_pilot)
         num_held_out = min(_MAX_HELD_OUT_ROWS, len(pilot) // 8)
-        found = fit_basis(rows_of(open_pilot, slice(None, -num_held_out)), rank=spec.rank)
-        codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
-        parameters = codec._as_parameters(found, masked)
-        step = spec.step or codec._fitted_step(
-            rows_of(pilot, slice(-num_held_out, None)), parameters, float(found.spread[0])
-        )
+        with torch.autocast(pilot.device.type, enabled=False), torch.no_grad():
+            found = fit_basis(rows_of(open_pilot, slice(None, -num_held_out)), rank=spec.rank)
+            codec = cls(spec.model_copy(update={"rank": len(found.basis)}), num_classes)
+            parameters = codec._as_parameters(found, masked)
+            step = spec.step or codec._fitted_step(
+                rows_of(pilot, slice(-num_held_out, None)), parameters, float(found.spread[0])
+            )
         return codec, {name: value.cpu().numpy() for name, value in codec._with_step(parameters, step).items()}
 
     def with_step(
@@ -166,7 +180,8 @@ class SpectralCodec:
     ) -> dict[str, npt.NDArray[Any]]:
         """Fit the step anew, for this codec's target, on held-out rows: another target on a basis that is there."""
         tensors = {name: torch.as_tensor(value, device=held_out.device) for name, value in parameters.items()}
-        step = self._fitted_step(held_out, tensors, 16 * float(parameters["steps"][self.base_level]))
+        with torch.autocast(held_out.device.type, enabled=False), torch.no_grad():
+            step = self._fitted_step(held_out, tensors, 16 * float(parameters["steps"][self.base_level]))
         return {**parameters, "steps": self._steps(step).numpy()}
 
     @property
@@ -193,16 +208,6 @@ class SpectralCodec:
     def fill(self) -> int:
         """Reserved code of a hole: 65,535."""
         return 65535
-
-    @property
-    def depends_on_temperature(self) -> bool:
-        """False: the logits serve every temperature."""
-        return False
-
-    @property
-    def is_normalised(self) -> bool:
-        """False: decoded logits are softened by a softmax."""
-        return False
 
     def fit(self, pilot: Float[Tensor, "row class"]) -> dict[str, npt.NDArray[Any]]:
         """Fit to the pilot a basis of exactly this codec's rank; see `fitted`.
@@ -257,10 +262,18 @@ class SpectralCodec:
         return {**parameters, "basis": parameters["basis"].to(dtype)}
 
     def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`."""
+        """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`.
+
+        Masked classes are left out here, once, since that copies the basis; `is_open` then says which are not masked.
+        """
         if "projection" in parameters:
             return dict(parameters)
         prepared = self.prepare(parameters)
+        is_open = prepared["mean"] != -torch.inf
+        if not bool(is_open.all()):
+            index = as_index(is_open)
+            kept = {name: prepared[name][..., index] for name in _PER_CLASS}
+            prepared = {**prepared, **kept, "is_open": is_open}
         return {**prepared, **encoding_parameters(prepared)}
 
     def encode(self, logits: Logits, parameters: Mapping[str, Tensor]) -> UInt16[Tensor, "row column"]:
@@ -316,11 +329,12 @@ class SpectralCodec:
         check_logits(logits, self.num_classes)
         check_codes(codes, self)
         with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
-            opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
-            _check_values(opened)
-            rows = self._rows(opened, kept)
+            kept = self.prepare_to_encode(parameters)
+            open_logits = opened(logits, kept)
+            _check_values(open_logits)
+            rows = self._rows(open_logits, kept)
             steps = kept["steps"][codes[:, -1].to(torch.int64).clamp(max=NUM_LEVELS - 1)][:, None]
-            quantised = _unzigzag(codes[:, :-1].view(torch.int16)).to(torch.int32)
+            quantised = unzigzag(codes[:, :-1].view(torch.int16)).to(torch.int32)
             return rows.errors(all_rows(rows), quantised, steps)
 
     def _encoded(
@@ -328,9 +342,10 @@ class SpectralCodec:
     ) -> tuple[Tensor, RowErrors | None]:
         check_logits(logits, self.num_classes)
         with torch.autocast(logits.device.type, enabled=False), torch.no_grad():
-            opened, kept = self._opened(logits, self.prepare_to_encode(parameters))
-            _check_values(opened)
-            rows = self._rows(opened, kept)
+            kept = self.prepare_to_encode(parameters)
+            open_logits = opened(logits, kept)
+            _check_values(open_logits)
+            rows = self._rows(open_logits, kept)
             coordinates, levels = rows.coordinates(), self._levels(rows, kept)
             errors: RowErrors | None = None
             if self.max_kl is None:
@@ -340,7 +355,7 @@ class SpectralCodec:
                 errors = rows.errors(all_rows(rows), quantised, steps) if with_errors else None
             else:
                 quantised, errors = guarded(rows, coordinates, levels, kept["steps"], self.max_kl)
-            codes = torch.cat([_zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
+            codes = torch.cat([zigzag(quantised), levels[:, None].to(torch.int32)], dim=1)
             return codes.to(torch.uint16), errors
 
     def decode(
@@ -375,8 +390,8 @@ class SpectralCodec:
         ShapeError
             The codes have another number of columns.
         """
-        quantised, steps = self._quantised(codes, parameters)
-        return self._decoded(quantised, steps, self.prepare(parameters))
+        bits, steps = self._bits_and_steps(codes, parameters)
+        return self._decoded(unzigzag(bits), steps, self.prepare(parameters))
 
     def coordinates(
         self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
@@ -388,14 +403,13 @@ class SpectralCodec:
         CodecError, ShapeError
             As `decode`.
         """
-        quantised, steps = self._quantised(codes, parameters)
-        return quantised * steps
+        return scaled(*self._bits_and_steps(codes, parameters))
 
-    def _quantised(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _bits_and_steps(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         check_codes(codes, self)
         levels = codes[:, -1:].to(torch.int32)
         steps = parameters["steps"][levels.clamp(max=NUM_LEVELS - 1)]
-        return _unzigzag(codes[:, :-1].view(torch.int16)), torch.where(levels < NUM_LEVELS, steps, torch.nan)
+        return codes[:, :-1].view(torch.int16), torch.where(levels < NUM_LEVELS, steps, torch.nan)
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""
@@ -420,8 +434,8 @@ class SpectralCodec:
     def _fitted_step(self, held_out: Logits, parameters: Mapping[str, Tensor], spread: float) -> float:
         """Find the step with which the guard, once it has refined the worst rows, leaves the mean just met."""
         target, step = self.max_kl or DEFAULT_MAX_KL, max(spread / 16, _LEAST_STEP)
-        opened, kept = self._opened(held_out, self.prepare_to_encode(self._with_step(parameters, step)))
-        rows = self._rows(opened, kept)
+        kept = self.prepare_to_encode(self._with_step(parameters, step))
+        rows = self._rows(opened(held_out, kept), kept)
         coordinates, levels = rows.coordinates(), self._levels(rows, kept)
         for _ in range(_STEP_ROUNDS):
             steps = self._steps(step).to(coordinates.device)[levels][:, None]
@@ -435,23 +449,6 @@ class SpectralCodec:
             step *= min(max((_AIM * target / measured) ** 0.5, 1 / 64), 64.0)
             step = min(max(step, _LEAST_STEP), _MOST_STEP)
         return step
-
-    def _opened(self, logits: Logits, parameters: Mapping[str, Tensor]) -> tuple[Logits, dict[str, Tensor]]:
-        """Leave masked classes out of logits and parameters."""
-        masked = parameters["mean"] == -torch.inf
-        if not bool(masked.any()):
-            return logits, dict(parameters)
-        kept = {name: value[..., ~masked] if name in _PER_CLASS else value for name, value in parameters.items()}
-        if isinstance(logits, HeadLogits):
-            return logits.of_classes(~masked), kept
-        wrong = ((logits == -torch.inf) != masked).any(dim=1)
-        if bool(wrong.any()):
-            raise CodecError(
-                f"Row {int(wrong.nonzero()[0])} masks other classes (-inf) than the pilot did, and the spectral codec "
-                "keeps one mask for all rows. Use Codes() or Lossless(), which keep a mask a row. "
-                "None of these rows was encoded."
-            )
-        return logits[:, ~masked], kept
 
     def _rows(self, logits: Logits, parameters: Mapping[str, Tensor]) -> SpectralRows:
         """Choose the way in: hidden states as they are where they serve, rows of logits else."""
@@ -474,15 +471,6 @@ class SpectralCodec:
     def _decoded(self, quantised: Tensor, steps: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(quantised.device.type, enabled=False):
             return decoded_product(quantised, steps, parameters["basis"], parameters["mean"])
-
-
-def _zigzag(values: Tensor) -> Tensor:
-    return (values << 1) ^ (values >> 31)
-
-
-def _unzigzag(bits: Tensor) -> Tensor:
-    """Undo the zigzag on the bits of uint16 codes, in int16: four times faster than in int32."""
-    return ((bits >> 1) & 0x7FFF) ^ -(bits & 1)
 
 
 def _of_classes(logits: Logits, index: Tensor) -> Logits:

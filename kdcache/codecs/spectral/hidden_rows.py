@@ -9,19 +9,40 @@ from __future__ import annotations
 __all__ = ["HeadRows", "PreparedHead"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import Head, HeadLogits
+from kdcache.codecs.precision import factor_rounding, keeps_float32, quick_dtype, sum_rounding
 from kdcache.codecs.row_errors import ErrorSums, RowErrors
 from kdcache.codecs.spectral.rows import PRECISE_CLASSES, SMALLEST_QUICK_KL, MadeRows, class_blocks, felt, in_blocks
 
-_UNIT_ROUNDINGS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 _MOST_OUTSIDE = 1 / 8
 """Share of the root of the smallest target that the root of KL may be uncertain by, for what the basis leaves out."""
+
+
+class Outside(NamedTuple):
+    """What a basis leaves out of each row's logits, float64 [row].
+
+    Attributes
+    ----------
+    most : Tensor [row]
+        Of any logit at most: the Cauchy-Schwarz bound |x| max |r_c|.
+    likely : Tensor [row]
+        Of likely ones: four times `typical`, as if they were spread like noise, and as often more as the most affected
+        class stands out; never above `most`.
+    typical : Tensor [row]
+        Root of the mean over classes, weighted, of (x r_c)^2.
+    """
+
+    most: Float64[Tensor, " row"]
+    likely: Float64[Tensor, " row"]
+    typical: Float64[Tensor, " row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +66,8 @@ class PreparedHead:
         The basis in the precision of the products that measure.
     longest : float
         Largest length of a class's column of the basis.
+    largest_weights : Tensor [component of the head]
+        float64, largest magnitude over classes of each hidden unit's weight.
     largest_bias : float
         Largest magnitude of the head's bias.
     projection : Tensor [component, component]
@@ -67,6 +90,7 @@ class PreparedHead:
     origin: Float64[Tensor, " component"]
     noise_basis: Float[Tensor, "component class"]
     longest: float
+    largest_weights: Float64[Tensor, " hidden"]
     largest_bias: float
     projection: Float64[Tensor, "component component"]
     scales: Float64[Tensor, " hidden"]
@@ -91,7 +115,7 @@ class PreparedHead:
         num_classes, num_hidden = head.weight.shape
         turn = torch.zeros(num_hidden, len(basis), dtype=torch.float64, device=basis.device)
         origin, scales = turn.new_zeros(len(basis)), turn.new_zeros(num_hidden)
-        longest = 0.0
+        largest_weights, longest = torch.zeros_like(scales), 0.0
         for block in class_blocks(num_classes):
             weighted = basis[:, block].float() * weights[block]
             columns = _columns_of(head, block)
@@ -99,6 +123,7 @@ class PreparedHead:
             scales += columns.square() @ weights[block].double()
             origin += weighted.double() @ (_bias_of(head, block) - mean[block].double())
             longest = max(longest, float(basis[:, block].float().norm(dim=0).amax()))
+            largest_weights = torch.maximum(largest_weights, head.weight[block].double().abs().amax(dim=0))
         turn, origin = turn @ parameters["projection"], origin @ parameters["projection"]
         scales = torch.where(scales > 0, scales.sqrt(), 1.0)
         residual = _Residual.of(head, parameters, turn, origin, scales)
@@ -109,6 +134,7 @@ class PreparedHead:
             origin=origin,
             noise_basis=basis.to(_noise_dtype(head.weight)),
             longest=longest,
+            largest_weights=largest_weights,
             largest_bias=0.0 if head.bias is None else float(head.bias.abs().amax()),
             projection=parameters["projection"],
             scales=scales,
@@ -122,19 +148,14 @@ class PreparedHead:
         """Turn hidden states."""
         return hidden.double() @ self.turn + self.origin
 
-    def outside(self, hidden: Float[Tensor, "row hidden"]) -> tuple[Float64[Tensor, " row"], Float64[Tensor, " row"]]:
-        """Say what the basis leaves out of each row: of any logit at most, and of likely ones.
-
-        The first is the Cauchy-Schwarz bound |x| max |r_c|. For the second the root of the mean of (x r_c)^2 over
-        classes is taken four times, as if they were spread like noise, and as often more as the most affected class
-        stands out; the first is never exceeded.
-        """
+    def outside(self, hidden: Float[Tensor, "row hidden"]) -> Outside:
+        """Say what the basis leaves out of each row."""
         scaled = hidden.double() * self.scales
         most = scaled.norm(dim=1) * self.longest_residual
         typical = ((scaled @ self.residual) * scaled).sum(dim=1).clamp(min=0).sqrt()
-        return most + self.constant_residual, torch.minimum(
-            most, 4 * max(1.0, self.peak_residual) * typical
-        ) + self.constant_residual
+        likely = torch.minimum(most, 4 * max(1.0, self.peak_residual) * typical)
+        constant = self.constant_residual
+        return Outside(most=most + constant, likely=likely + constant, typical=typical + constant)
 
 
 @dataclass(frozen=True)
@@ -210,7 +231,7 @@ class HeadRows:
     def errors(self, rows: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         """Multiply the quantisation noise with the basis, and the hidden states with the head, tile by tile."""
         hidden = self.made.hidden[rows]
-        much_outside = self.prepared.outside(hidden)[1] > _MOST_OUTSIDE * (2 * self.smallest) ** 0.5
+        much_outside = self.prepared.outside(hidden).likely > _MOST_OUTSIDE * (2 * self.smallest) ** 0.5
         if bool(much_outside.all()):
             return self.exact_errors(rows, quantised, steps)
         found = in_blocks(
@@ -230,8 +251,9 @@ class HeadRows:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the product with the head: the head's own, unless the hidden states are finer."""
-        return torch.promote_types(self.made.hidden.dtype, self.prepared.head.weight.dtype)
+        """Of the product with the head: the head's own, unless the hidden states are finer or float32 is quicker."""
+        finer = torch.promote_types(self.made.hidden.dtype, self.prepared.head.weight.dtype)
+        return quick_dtype(finer, self.device)
 
     def _errors(self, hidden: Tensor, quantised: Tensor, steps: Tensor) -> RowErrors:
         prepared, dtype, basis = self.prepared, self._dtype, self.prepared.noise_basis
@@ -246,16 +268,34 @@ class HeadRows:
             for columns, quarter, offsets in sums.tiles(block):
                 quarter.copy_(logits[:, columns])
                 offsets.copy_(errors[:, columns])
-        unit = _UNIT_ROUNDINGS[basis.dtype]
-        deviation = (2 / 3) ** 0.5 * unit * prepared.longest
-        most, likely = prepared.outside(hidden)
-        return sums.row_errors(
-            error_margin=6 * deviation * noise.abs().amax(dim=1) + most,
-            kl_margin=4 * deviation * noise.square().mean(dim=1).sqrt() + likely,
-            error_rounding=unit,
-            logit_rounding=_UNIT_ROUNDINGS[dtype],
-            logit_margin=_UNIT_ROUNDINGS[dtype] * prepared.largest_bias,
+        deviation = (2 / 3) ** 0.5 * factor_rounding(basis.dtype, self.device) * prepared.longest
+        outside = prepared.outside(hidden)
+        found = sums.row_errors(
+            error_margin=6 * deviation * noise.abs().amax(dim=1) + outside.most,
+            kl_margin=4 * deviation * noise.square().mean(dim=1).sqrt() + outside.likely,
+            error_rounding=sum_rounding(basis.dtype, self.device),
+            logit_rounding=sum_rounding(dtype, self.device),
+            logit_margin=self._logit_margin(hidden, dtype),
         )
+        return _with_outside(found, outside)
+
+    def _logit_margin(self, hidden: Tensor, dtype: torch.dtype) -> Float64[Tensor, " row"]:
+        """Say what logits may be off by, beside the rounding of their sums: of the bias, and six deviations of factors.
+
+        Factors of 16 bits are exact; those of float32 are rounded where torch may take TF32 or bfloat16 for them.
+        """
+        is_exact = dtype != torch.float32 or keeps_float32(self.device)
+        unit = 0.0 if is_exact else factor_rounding(dtype, self.device)
+        deviation = (2 / 3) ** 0.5 * unit * (hidden.double() * self.prepared.largest_weights).norm(dim=1)
+        margin: Tensor = 6 * deviation + sum_rounding(dtype, self.device) * self.prepared.largest_bias
+        return margin
+
+
+def _with_outside(errors: RowErrors, outside: Outside) -> RowErrors:
+    """Add to KL what lies outside of the basis, of which no code tells: half its second moment."""
+    temperatures = errors.kl.new_tensor(TEMPERATURES)
+    kl = errors.kl + (outside.typical[:, None] / temperatures) ** 2 / 2
+    return replace(errors, kl=kl, kl_ceiling=torch.maximum(kl, errors.kl_ceiling))
 
 
 def _quarter_logits(quarter_hidden: Tensor, head: Head) -> Tensor:
@@ -275,8 +315,5 @@ def _bias_of(head: Head, block: slice) -> Float64[Tensor, " class"]:
 
 
 def _noise_dtype(weight: Tensor) -> torch.dtype:
-    """Choose bfloat16 where it is quicker than the head's own precision: by what the processor has, not by timing."""
-    if weight.dtype != torch.float32:
-        return weight.dtype
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if weight.device.type == "cuda" or has_tiles() else torch.float32
+    """Choose 16 bits where they are quicker than float32: by what the processor has, not by timing."""
+    return quick_dtype(torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype, weight.device)

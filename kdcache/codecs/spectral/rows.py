@@ -27,12 +27,13 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
-from kdcache.codecs.base import row_blocks
+from kdcache.codecs.base import block_elements, row_blocks
 from kdcache.codecs.bounds import scaled_bounds
 from kdcache.codecs.certificate import error_range, measure
 from kdcache.codecs.divergence import TEMPERATURES
 from kdcache.codecs.head_logits import HeadLogits, Logits, rows_of
-from kdcache.codecs.row_errors import TILE_ROWS, ErrorSums, RowErrors
+from kdcache.codecs.precision import TF32_INTEGERS, keeps_float32
+from kdcache.codecs.row_errors import ErrorSums, RowErrors, tile_rows
 from kdcache.codecs.spectral.fit import projection_of
 
 PRECISE_CLASSES = 4096
@@ -130,7 +131,7 @@ class MadeRows:
 
     def coordinates(self) -> Float64[Tensor, "row component"]:
         """Project the centred rows, in the metric of the weights, onto the basis."""
-        inner = [self._inner(rows_of(self.logits, block)) for block in _tile_row_blocks(len(self.logits))]
+        inner = [self._inner(rows_of(self.logits, block)) for block in _tile_row_blocks(len(self.logits), self.device)]
         return (torch.cat(inner) if inner else self._inner(self.logits)) @ self.parameters["projection"]
 
     def felt(self) -> Float32[Tensor, " row"]:
@@ -216,8 +217,15 @@ def decoded_product(
         return torch.matmul(quantised.to(torch.bfloat16), basis).to(torch.float32).mul_(steps).add_(mean)
     if basis.device.type == "cpu":
         return torch.addmm(mean, quantised.to(torch.float32) * steps, basis)
-    # an accelerator may round factors to TF32, which holds codes up to 2,048 and a float16 basis exactly
-    return torch.addcmul(mean, torch.matmul(quantised.to(torch.float32), basis), steps)
+    return torch.addcmul(mean, _whole_product(quantised.to(torch.float32), basis), steps)
+
+
+def _whole_product(whole: Tensor, basis: Tensor) -> Float32[Tensor, "row class"]:
+    """Multiply whole numbers with a basis of float16 values: in two parts, where TF32 would round larger ones."""
+    if not torch.compiler.is_compiling() and keeps_float32(basis.device):
+        return torch.matmul(whole, basis)
+    large = (whole / TF32_INTEGERS).round() * TF32_INTEGERS
+    return torch.matmul(whole - large, basis).add_(torch.matmul(large, basis))
 
 
 def all_rows(rows: SpectralRows) -> Int[Tensor, " row"]:
@@ -239,13 +247,13 @@ def _row_means(logits: Logits) -> Float[Tensor, "row 1"]:
     return logits.mean(dim=1, keepdim=True, dtype=kind)
 
 
-def _tile_row_blocks(num_rows: int) -> Iterator[slice]:
-    return row_blocks(num_rows, 1, max_elements=TILE_ROWS)
+def _tile_row_blocks(num_rows: int, device: torch.device) -> Iterator[slice]:
+    return row_blocks(num_rows, 1, max_elements=tile_rows(device))
 
 
 def in_blocks(measured: Callable[[slice], RowErrors], num_rows: int, device: torch.device) -> RowErrors:
     """Measure rows in blocks that tiles are made for."""
-    blocks = [measured(block) for block in _tile_row_blocks(num_rows)]
+    blocks = [measured(block) for block in _tile_row_blocks(num_rows, device)]
     return RowErrors.concatenated(blocks) if blocks else RowErrors.of_no_rows(device)
 
 
@@ -256,7 +264,7 @@ def felt(logits: Logits, norms: Tensor) -> Float32[Tensor, " row"]:
     basis: the variance of the logit errors under p where the columns of different classes are nearly orthogonal.
     """
     found = torch.empty(len(logits), device=logits.device)
-    for block in row_blocks(*logits.shape, max_elements=_FELT_ELEMENTS):
+    for block in row_blocks(*logits.shape, max_elements=max(_FELT_ELEMENTS, block_elements(logits.device))):
         rows = logits[block].to(torch.float32)
         weights = rows.sub(rows.amax(dim=1, keepdim=True)).div_(4).exp_()
         felt = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcache.codecs.topk.format import (
     EMPTY,
-    FAR_CODES,
+    FAR_NODE_STEP,
     LARGEST_SIGNED,
     NODE_STEP,
     THRESHOLD_STEP,
@@ -24,7 +24,7 @@ from kdcache.codecs.topk.format import (
 from kdcache.codecs.topk.levels import Levels
 from kdcache.codecs.topk.sampling import inclusion_probabilities, systematic_sample, thresholds, uniforms
 from kdcache.codecs.topk.selection import largest
-from kdcache.codecs.topk.tail import LogPartition, separated, without
+from kdcache.codecs.topk.tail import separated, without
 from kdcache.documents.codec_specs import TopK
 
 _THRESHOLD_SLACK = 2.0**-10  # of a step: more than sums in float32 are off, so that no row draws too many
@@ -60,18 +60,19 @@ class Encoder:
         classes, closest = largest(gaps, min(self.spec.k, self._num_classes), num_gaps=_HASHED_GAPS)
         ranks, codes = self._listed(classes, gaps)
         weakest_code = torch.where(codes == EMPTY, 0, codes).amax(dim=1, keepdim=True)
-        tail = separated(gaps, classes, self._levels.gaps(weakest_code)[:, 0])
-        offsets = LogPartition(self.spec.num_nodes).fit(tail) - self.parameters["node_mean"]
+        tail = separated(gaps, classes, self._levels.gaps(weakest_code)[:, 0], num_nodes=self.spec.num_nodes)
+        offsets = tail.coefficients - self.parameters["node_mean"]
         components = offsets @ self.parameters["node_basis"].to(torch.float64).T / NODE_STEP
         fields = {
             "kept_class": deltas(ranks),
             "kept_gap": torch.where(codes == EMPTY, EMPTY, weakest_code - codes),
             "node": zigzag(components.round()),
-            "far_count": tail.num_far[:, None],
-            "far_gap": (tail.far_gap.clamp(min=1).log2() * FAR_CODES).round().to(torch.int64)[:, None],
+            "far_count": tail.far_count,
+            "far_gap": tail.far_gap,
+            "far_node": zigzag((tail.far_coefficients / FAR_NODE_STEP).round()).flatten(1),
         }
         if self.spec.tail == "samples":
-            num_unmasked = (codes != EMPTY).sum(dim=1) + tail.num_near + tail.num_far
+            num_unmasked = (codes != EMPTY).sum(dim=1) + tail.num_classes
             content = torch.cat([classes, closest.view(torch.int32)], dim=1)
             drawn = self._drawn_fields(gaps, classes, weakest_code, uniforms(content, self.spec.seed))
             fields |= {"masked_count": (self._num_classes - num_unmasked)[:, None], **drawn}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "EMPTY",
-    "FAR_CODES",
+    "FAR_NODE_STEP",
     "LARGEST_SIGNED",
     "NODE_STEP",
     "THRESHOLD_STEP",
@@ -20,19 +20,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kdcache.codecs.topk.columns import LARGEST_CODE, Columns
+from kdcache.codecs.topk.tail import NUM_FAR_GROUPS
 from kdcache.documents.codec_specs import TopK
 
 EMPTY = LARGEST_CODE
 """Gap code of a place without a class."""
 
 NODE_STEP = 2.0**-9
-"""Step of the log-partition's coefficients."""
+"""Step of the coefficients of the near classes' log-partition."""
 
 THRESHOLD_STEP = 2.0**-5
 """Step of the threshold of inclusion probabilities, in logits."""
 
-FAR_CODES = 256.0
-"""Codes to a doubling of the far gap."""
+FAR_NODE_STEP = 2.0**-10
+"""Step of the coefficients of a far group's log-partition."""
 
 LARGEST_SIGNED = LARGEST_CODE // 2
 """Largest absolute value of a signed number."""
@@ -41,7 +42,8 @@ LARGEST_SIGNED = LARGEST_CODE // 2
 def columns_of(spec: TopK, num_classes: int) -> Columns:
     """Lay out the columns of a row; see `TopKCodec`."""
     num_kept = min(spec.k, num_classes)
-    widths = {"kept_class": num_kept, "kept_gap": num_kept, "node": spec.num_nodes, "far_count": 1, "far_gap": 1}
+    widths = {"kept_class": num_kept, "kept_gap": num_kept, "node": spec.num_nodes}
+    widths |= {"far_count": NUM_FAR_GROUPS, "far_gap": NUM_FAR_GROUPS, "far_node": NUM_FAR_GROUPS * spec.num_nodes}
     numbers: tuple[str, ...] = ("kept_class", "far_count")
     if spec.tail == "samples":
         num_drawn = min(spec.num_samples, num_classes - num_kept)

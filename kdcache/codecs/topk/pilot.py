@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from kdcache.codecs.topk.tail import Tail, without
@@ -44,7 +44,6 @@ class PilotSums:
         gaps: Float32[Tensor, "row class"],
         classes: Int64[Tensor, "row place"],
         tail: Tail,
-        coefficients: Float64[Tensor, "row node"],
     ) -> None:
         """Add rows.
 
@@ -56,8 +55,6 @@ class PilotSums:
             Kept classes; places without one hold the number of classes.
         tail : Tail
             The rows' tails.
-        coefficients : Tensor [row, node]
-            Of their log-partition.
         """
         wide = gaps.to(torch.float64)
         self._num_rows += len(gaps)
@@ -67,7 +64,7 @@ class PilotSums:
         outside = without(wide, classes)
         relative = (tail.reference[:, None] - outside) / _SHAPE_TEMPERATURE
         self._log_sums = torch.logaddexp(self._log_sums, torch.logsumexp(relative, dim=0))
-        self._coefficients.append(coefficients)
+        self._coefficients.append(tail.coefficients)
 
     def common_parameters(self) -> dict[str, npt.NDArray[Any]]:
         """Give the order of the classes, and the principal axes of the log-partition's coefficients.

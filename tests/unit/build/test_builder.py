@@ -30,6 +30,7 @@ from kdcache.errors import (
     OptionError,
     PlanMismatchError,
     TransferSetError,
+    WrongClassCountError,
 )
 from kdcache.transfer_set import Views
 
@@ -287,7 +288,7 @@ BAD_ARGUMENTS = {
     "another name": (
         {"teachers": {"a": ModuleTeacher("b", TinyTeacher())}}, JobError, "given as 'a' calls itself 'b'",
     ),
-    "a name that climbs": ({"teachers": {"../a": TinyTeacher()}}, DocumentError, "name: String should match pattern"),
+    "a name that climbs": ({"teachers": {"../a": TinyTeacher()}}, DocumentError, r"letters, digits.*, got '\.\./a'"),
     "a name twice": (
         {"teachers": [ModuleTeacher("a", TinyTeacher()), ModuleTeacher("a", TinyTeacher(1))]},
         DocumentError, "teacher names stand more than once: a",
@@ -311,6 +312,21 @@ BAD_ARGUMENTS = {
     "half a batch": ({"batch_size": 1.5}, OptionError, "batch_size is 1.5; expected a whole number"),
     "processes below none": ({"num_workers": -1}, OptionError, "num_workers is -1; expected"),
     "a codec by name": ({"codec": "codes"}, OptionError, r"codec is 'codes'; give kdcache\.Codes"),
+    "a codec table that is none": ({"codec": {"kind": "zip"}}, OptionError, "a mapping as in a job file .{'kind': 'c"),
+    "a codec table of a wrong option": (
+        {"codec": {"kind": "codes", "typ": 1}}, DocumentError, "typ: there is no such option .*dtype, spacing, max_kl",
+    ),
+    "one module": (
+        {"teachers": nn.Sequential(nn.Linear(4, 5))}, JobError, r"one Sequential; .* teachers=\{'name': module\}",
+    ),
+    "another number of classes than the teacher's": (
+        {"num_classes": 10}, WrongClassCountError, "gives 5 classes, and num_classes=10 was asked for",
+    ),
+    "a target below nothing": (
+        {"codec": None, "max_kl": -0.1}, DocumentError, "max_kl: .*got -0.1.*\n.*max_kl=0.01, say.*Nothing was wr",
+    ),
+    "a target as text": ({"codec": None, "max_kl": "0.01"}, OptionError, "max_kl is '0.01'; expected a number"),
+    "a budget that is a list": ({"codec": None, "bytes_per_row": [1]}, OptionError, "bytes_per_row is .1.; expected"),
     "no such device": ({"device": "gpu"}, OptionError, "'gpu' is no device of torch"),
 }  # fmt: skip
 
@@ -326,6 +342,15 @@ def test_bad_arguments_write_nothing(folder, options):
     with pytest.raises(Exception):  # noqa: B017, PT011 - which one the test above says
         build_tiny(folder, **options)
     assert not folder.exists()
+
+
+def test_a_codec_may_be_given_as_the_table_of_a_job_file(folder):
+    cache = build_tiny(folder, codec={"kind": "codes", "dtype": "uint16"})
+    assert cache.teachers["a"].codec == Codes(dtype="uint16")
+
+
+def test_a_target_may_be_a_number_of_numpy(folder):
+    assert build_tiny(folder, codec=None, max_kl=np.float32(0.5)).num_examples == 40
 
 
 def test_an_error_in_a_factory_is_not_hidden(folder, tmp_path, monkeypatch):

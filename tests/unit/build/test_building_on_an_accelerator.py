@@ -17,11 +17,18 @@ HELD = (1.0, 2.0, 4.0)
 EVERY_WAY = [
     Codes(),
     Lossless(),
-    Lossless(dtype="bfloat16"),
     Spectral(max_kl=0.02),
     TopK(k=16),
     RateTarget(max_kl=0.02),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _in_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def teacher() -> TeacherWithHead:
@@ -88,3 +95,12 @@ def test_decoding_and_softening_compile_to_one_graph(tmp_path):
     expected = soft_targets.log_probabilities(2.0)
     compiled = torch.compile(lambda batch: batch.log_probabilities(2.0), fullgraph=True)
     torch.testing.assert_close(compiled(soft_targets), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"codec": Spectral(max_kl=0.02)}, {"max_kl": 0.02}], ids=str)
+def test_a_pilot_of_hidden_states_that_lies_in_a_file_is_fitted(tmp_path, monkeypatch, options):
+    expected = built(tmp_path / "in memory", **options)
+    monkeypatch.setattr("kdcache.build.spool.SPOOL_BYTES", 100)
+    cache = built(tmp_path / "in a file", **options)
+    assert cache.teachers["a"].codec == expected.teachers["a"].codec
+    assert (divergence(cache, HELD) <= 0.04 + 1e-6).all()

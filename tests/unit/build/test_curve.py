@@ -141,5 +141,5 @@ def test_a_forecast_travels(tmp_path):
 
 
 def test_a_budget_that_a_basis_misses_tells_what_it_would_cost(tmp_path):
-    with pytest.raises(ValueError, match=r"spectral \S+ bytes a row"):
+    with pytest.raises(ValueError, match=r"basis of 4, max_kl \S+ \S+ bytes a row"):
         planned(tmp_path, bytes_per_row=0.5)

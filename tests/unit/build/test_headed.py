@@ -294,3 +294,13 @@ def test_a_language_model_is_cached_from_its_hidden_states(tmp_path):
     with torch.inference_mode():
         logits = model(input_ids=ids[3:4]).logits[0]
     assert measure(logits, cache.read([3]).logits()[:, 0], HELD).amax() <= 0.04
+
+
+def test_what_is_no_model_of_transformers_is_refused_with_the_ways_in():
+    with pytest.raises(JobError, match=r"takes a causal language model of transformers, got a Linear.*body, head"):
+        TeacherWithHead.from_transformers(nn.Linear(4, 5))
+
+
+def test_a_model_without_a_head_is_refused_because_its_hidden_states_are_no_logits():
+    with pytest.raises(JobError, match=r"LlamaModel has no head: it gives hidden states.*\.\.\.ForCausalLM"):
+        TeacherWithHead.from_transformers(language_model("Llama").model)

@@ -1,6 +1,8 @@
 """Rate control: the codec is chosen from what was measured, and says what it came to."""
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from kdcache import open_cache, verify_cache
 from kdcache.build import build_cache, plan_cache
 from kdcache.build.plan import choose_layout
+from kdcache.build.refusals import nothing_meets
 from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
 from kdcache.errors import CodecError, DocumentError, OptionError
 from kdcache.store import CacheStore
@@ -53,9 +56,58 @@ def test_the_choice_is_the_smallest_of_those_that_meet_the_target(tmp_path):
     assert 3000 * found.bytes_per_row + found.parameter_bytes == min(sizes)
 
 
+class Capped(Head):
+    """A network whose logits span all dimensions, the more faintly the further."""
+
+    def forward(self, hidden):
+        return 5 * torch.tanh(hidden @ self.head / 5)
+
+
+def test_a_basis_is_cut_where_it_outweighs_its_rows(tmp_path):
+    found = plan_cache(tmp_path / "cache", ROWS, {"a": Capped()}, max_kl=0.05, num_pilot_rows=1500).teachers[0]
+    ranks = {point.codec.rank for point in found.points if isinstance(point.codec, Spectral)}
+    full = max(ranks)
+    assert full > 300
+    assert {full // 2, full // 4} <= ranks
+    assert found.codec.rank < full
+
+
 def test_a_budget_of_bytes_is_kept(tmp_path):
     found = chosen(tmp_path, bytes_per_row=20)
     assert 10 < found.bytes_per_row + found.parameter_bytes / 3000 <= 20
+
+
+def test_a_basis_that_is_chosen_for_a_budget_has_a_target_and_keeps_it(tmp_path):
+    cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, bytes_per_row=20)
+    codec = cache.teachers["a"].codec
+    assert (codec.kind, codec.rank, codec.step) == ("spectral", 6, None)
+    certificate = cache.certificate(1.0)
+    assert certificate.mean_kl <= codec.max_kl
+    assert certificate.max_kl <= certificate.kl_bound <= 2 * codec.max_kl
+
+
+def test_where_a_basis_takes_most_of_a_budget_smaller_ones_are_measured_too(tmp_path):
+    few = TransferSet.from_arrays(hidden(300) * torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02]))
+    points = chosen(tmp_path, few, bytes_per_row=45).points
+    assert {6, 3} <= {point.codec.rank for point in points if isinstance(point.codec, Spectral)}
+
+
+def test_a_generous_budget_leaves_room_for_rows_that_lie_further_out(tmp_path):
+    cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, bytes_per_row=500, num_pilot_rows=128)
+    assert cache.certificate(1.0).kl_bound <= 1e-3
+
+
+def test_where_a_basis_takes_little_of_a_budget_it_is_not_cut(tmp_path):
+    points = chosen(tmp_path, bytes_per_row=20).points
+    assert {point.codec.rank for point in points if isinstance(point.codec, Spectral)} == {6}
+
+
+def test_as_many_classes_are_kept_as_a_budget_allows(tmp_path):
+    points = [point for point in chosen(tmp_path, bytes_per_row=200).points if isinstance(point.codec, TopK)]
+    within = [point for point in points if point.bytes_over(3000) <= 200 * 3000]
+    most = max(within, key=lambda point: point.codec.k)
+    assert most.codec.k > 64
+    assert most.bytes_over(3000) > 0.8 * 200 * 3000
 
 
 def test_a_sampled_tail_is_no_candidate_because_its_kl_leaves_out_the_tail(tmp_path):
@@ -69,8 +121,36 @@ def test_a_larger_budget_is_more_faithful(tmp_path):
 
 
 def test_a_budget_that_nothing_keeps_is_refused_with_what_was_measured(tmp_path):
-    with pytest.raises(CodecError, match=r"no codec reaches bytes_per_row=1 .* Measured: codes"):
+    with pytest.raises(CodecError, match="No codec reaches bytes_per_row=1 on the pilot's held-out rows") as caught:
         chosen(tmp_path, bytes_per_row=1)
+    lines = str(caught.value).split("\n")
+    assert re.fullmatch(r"  uint16 codes: \S+ bytes a row \(\S+ of codes and 87\.38 of parameters\) at .*", lines[2])
+    assert re.match(r"Ask for at least \d\.\d+ bytes a row, which the smallest .* takes, basis of 6, max_kl", lines[-1])
+
+
+def test_a_budget_that_parameters_alone_pass_says_so():
+    small = SimpleNamespace(bytes_per_row=3.0, parameter_bytes=1000, mean_kl=0.1)
+    large = SimpleNamespace(bytes_per_row=30.0, parameter_bytes=0, mean_kl=0.2)
+    said = nothing_meets(RateTarget(bytes_per_row=1.0), [(TopK(k=8), large), (Codes(), small)], 50)
+    assert (
+        "Ask for at least 23 bytes a row, which the smallest that was measured takes, uint8 codes (most of it " in said
+    )
+    assert "parameters: 1,000 bytes that only 50 rows share)" in said
+
+
+def test_what_a_refused_budget_is_told_to_ask_for_is_never_too_little():
+    small = SimpleNamespace(bytes_per_row=10.011, parameter_bytes=0, mean_kl=0.1)
+    assert "Ask for at least 10.1 bytes" in nothing_meets(RateTarget(bytes_per_row=1.0), [(Codes(), small)], 50)
+
+
+def test_a_target_that_nothing_reaches_asks_for_a_larger_one():
+    small = SimpleNamespace(bytes_per_row=3.0, parameter_bytes=0, mean_kl=0.1)
+    said = nothing_meets(RateTarget(max_kl=0.01), [(Codes(), small)], 50)
+    assert said.endswith("at a mean KL of 0.1\nAsk for a larger max_kl, or give a codec yourself.")
+
+
+def test_where_nothing_could_be_coded_there_is_nothing_to_ask_for():
+    assert "Nothing could be coded. Give a codec yourself." in nothing_meets(RateTarget(max_kl=0.01), [], 50)
 
 
 def test_the_whole_cache_meets_the_target_in_the_mean(tmp_path):
@@ -196,7 +276,7 @@ def test_a_row_unlike_the_pilot_that_codes_cannot_hold_stops_the_build_by_its_nu
     message = (
         r"shard 4 of teacher 'a' cannot be encoded\. Row 44 has a KL of .* where max_kl=0.0001 allows a row twice of it"
         r'.*At a new address, use Codes\(dtype="uint16"\) .*'
-        r"Row 44 is of example 300 \(position 300, view 0\).*count from the shard.*published are kept"
+        r"Row 44 of the shard is of example 300 \(position 300, view 0\).*published are kept"
     )
     with pytest.raises(CodecError, match=message):
         narrow(tmp_path, far_row=300)

@@ -15,6 +15,7 @@ from tiny_caches import TinyTeacher, build_tiny, tiny_transfer_set
 from kdcache import Codes, Lossless, Spectral, TopK, plan_cache
 from kdcache.build import spool
 from kdcache.build.spool import PilotLogits
+from kdcache.codecs.head_logits import Head
 from kdcache.errors import CodecError, StoreError, TeacherError
 
 MAPS = Path("/proc/self/maps")
@@ -127,6 +128,20 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_and_no_crash(spooled):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, standing)
     assert list(spooled.iterdir()) == []
+
+
+def test_a_head_moves_to_where_the_hidden_states_lie():
+    hidden = PilotLogits("a", 10)
+    hidden.add(torch.empty(10, 7, device="meta"))
+    logits = hidden.logits(Head(torch.ones(30, 7), torch.ones(30)))
+    assert {made.device.type for made in (logits.hidden, logits.head.weight, logits.head.bias)} == {"meta"}
+
+
+def test_a_head_that_lies_there_already_is_the_same():
+    hidden = PilotLogits("a", 10)
+    hidden.add(torch.ones(10, 7))
+    head = Head(torch.ones(30, 7))
+    assert hidden.logits(head).head is head
 
 
 def test_batches_of_two_types_are_refused():

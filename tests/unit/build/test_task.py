@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
-from kdcache import Codes, Lossless, TopK, open_cache, verify_cache
+from kdcache import Codes, Lossless, Spectral, TopK, open_cache, verify_cache
 from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
 from kdcache.codecs import LADDER, CodesCodec, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
@@ -266,6 +267,53 @@ def test_a_lossless_shard_of_other_hardware_is_adopted(unfinished, logits, folde
     publish_without_a_record(unfinished, logits, folder)
     record = publish_shard(unfinished, 0, logits * (1 + 1e-6))
     assert 0 < record.certificate.max_error_range < 1e-4
+
+
+# Shards without a record, under a target ------------------------------------------------------------------------------
+
+GUARDED = [Spectral(max_kl=0.001), Codes(spacing="uniform", max_kl=2e-4), TopK(k=4, max_kl=1e-3)]
+NOISES = {"spectral": 0.0, "codes": 6e-2, "topk": 0.1}
+
+
+def publish_coarser(destination, logits, folder):
+    """Leave a shard that misses the target and is near enough otherwise: coarser steps, or logits that are off."""
+    codec = destination.decoder.codec
+    other = {"max_kl": 0.03} if codec.spec.kind == "spectral" else {"max_kl": None}
+    unguarded = replace(codec, spec=codec.spec.model_copy(update=other))
+    elsewhere = replace(destination, decoder=Decoder(unguarded, destination.decoder.parameters))
+    noise = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    publish_without_a_record(elsewhere, logits + NOISES[codec.spec.kind] * noise, folder)
+
+
+@pytest.mark.parametrize("unfinished", GUARDED, indirect=True, ids=str)
+def test_a_shard_that_another_run_left_and_that_breaks_the_target_is_refused(unfinished, logits, folder):
+    publish_coarser(unfinished, logits, folder)
+    before = files_of(folder)
+    message = (
+        r"shard 0 of teacher 'a' stands without a record, and breaks the codec's target: Row \d+ has a KL .*"
+        r"max_kl=.*Nothing was changed; delete the shard's file and run the same command again"
+    )
+    with pytest.raises(CorruptCacheError, match=message):
+        publish_shard(unfinished, 0, logits)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("unfinished", GUARDED, indirect=True, ids=str)
+def test_a_shard_that_another_run_left_and_that_keeps_the_target_is_adopted(unfinished, logits, folder):
+    publish_without_a_record(unfinished, logits, folder)
+    standing = (folder / "teachers/a/codes/c/0/0").read_bytes()
+    rounding = 1e-5 * torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    record = publish_shard(unfinished, 0, logits + rounding)
+    assert (folder / "teachers/a/codes/c/0/0").read_bytes() == standing
+    assert 0 < max(record.certificate.max_kl[:3]) <= 2.1 * unfinished.decoder.codec.spec.max_kl
+
+
+@pytest.mark.parametrize("unfinished", GUARDED, indirect=True, ids=str)
+def test_a_shard_that_breaks_the_target_is_built_anew_once_it_is_deleted(unfinished, logits, folder):
+    publish_coarser(unfinished, logits, folder)
+    (folder / "teachers/a/codes/c/0/0").unlink()
+    record = publish_shard(unfinished, 0, logits)
+    assert max(record.certificate.max_kl[:3]) <= 2 * unfinished.decoder.codec.spec.max_kl
 
 
 def test_a_torn_shard_without_a_record_is_refused(unfinished, logits, folder):

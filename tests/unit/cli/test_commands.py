@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,12 +220,24 @@ def test_plan_of_another_plan_than_the_caches_ends_as_bad_input(built, job, run)
 def test_build_prints_what_stands_at_the_end(job, run):
     ended = run("build", job)
     assert ended.code == 0
-    assert f"{job.parent / 'cache'} is complete: 40 examples, 2 stored teacher(s)" in " ".join(ended.out.split())
+    said = " ".join(ended.out.split())
+    assert f"{job.parent / 'cache'} is complete: 40 examples, 2 stored teacher(s)" in said
+    assert re.search(r"\d bytes a row and teacher \(codes \S+ k?B, parameters \S+ kB, ids and documents \S+ kB\)", said)
+
+
+def test_a_plan_names_the_same_sizes_as_a_build(job, run):
+    said = " ".join(run("plan", job).out.split())
+    parts = r"\(codes \S+ k?B, parameters \S+ kB; ids and documents come on top\)"
+    assert re.search(rf"forecast: \S+ kB, \S+ bytes a row and teacher {parts}; ", said)
 
 
 def test_build_as_json_names_the_data(job, run):
     summary = run("build", job, "--json").json
     cache = open_cache(job.parent / "cache")
+    sizes = summary.pop("sizes")
+    files = [path.stat().st_size for path in (job.parent / "cache").rglob("*") if path.is_file()]
+    parts = [sizes[part] for part in ("code_bytes", "parameter_bytes", "id_bytes", "document_bytes")]
+    assert (sizes["num_bytes"], sum(parts), sizes["bytes_per_row"]) == (sum(files), sum(files), sum(files) / 80)
     assert summary == {
         "address": str(job.parent / "cache"),
         "num_bytes": sum(teacher.num_bytes for teacher in cache.complete.teachers),
@@ -430,6 +443,44 @@ def test_info_shows_what_a_cache_holds(built, run):
     assert ended.code == 0
     for words in ("40 examples x 1 view(s), 5 classes, 2 stored teacher(s)", "cli_sources:teacher", "stated error"):
         assert words in said
+
+
+def test_info_shows_what_the_whole_cache_takes(built, run):
+    size = sum(path.stat().st_size for path in built.rglob("*") if path.is_file())
+    assert f"{readable_bytes(size)}, {size / 80:,.4g} bytes a row and teacher (codes " in " ".join(
+        run("info", built).out.split()
+    )
+    assert run("info", built, "--json").json["sizes"]["num_bytes"] == size
+
+
+def test_info_names_the_options_that_mean_something(tmp_path, run):
+    build_tiny(tmp_path / "cache", codec=TopK(k=2))
+    said = " ".join(run("info", tmp_path / "cache").out.split())
+    assert 'TopK(k=2, tail="class-means", step=0.125, num_nodes=12); from' in said
+
+
+def test_info_fits_a_narrow_terminal(built, run, monkeypatch):
+    monkeypatch.setattr("kdcache.cli.output.console._width", 80)
+    lines = run("info", built).out.split("\n")
+    assert " temper-  mean " in next(line for line in lines if "temper" in line)
+    assert not any("…" in line for line in lines)
+
+
+def test_info_at_other_temperatures_says_where_kl_was_measured(built, run):
+    said = run("info", built, "-t", "0.5", "-t", "3").out
+    assert "KL was measured at temperatures 1, 2, 4, 8, 20 only" in said
+    assert "The closer bounds start at temperature 1." in said
+
+
+def test_info_at_measured_temperatures_needs_no_note(built, run):
+    assert "only" not in run("info", built).out
+
+
+def test_info_of_sampled_tails_says_what_their_kl_leaves_out(tmp_path, run):
+    build_tiny(tmp_path / "cache", codec=TopK(k=2, tail="samples", num_samples=1))
+    said = run("info", tmp_path / "cache").out
+    assert "a, b: KL is of the kept classes and all others as one class" in said
+    assert "No bound where what is decoded depends on the temperature" in said
 
 
 def test_info_of_topk_shows_no_bound_where_there_is_none(tmp_path, run):

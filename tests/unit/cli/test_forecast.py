@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import pytest
 from kdcache import cli
 from kdcache.cli.forecast import advice
 
-SOURCES = """
+SOURCES = '''
 import torch
 from torch import nn
 
@@ -24,12 +25,31 @@ def transfer_set():
     return TransferSet.from_arrays(torch.randn(400, 4, generator=torch.Generator().manual_seed(0)))
 
 
+class Masking(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs).masked_fill((inputs[:, :1] > 1.5) & (torch.arange(40) == 3), -torch.inf)
+
+
+def masking():
+    torch.manual_seed(0)
+    return Masking(4, 40)
+
+
 def teacher(seed, num_classes=40):
     torch.manual_seed(seed)
     made = nn.Linear(4, num_classes)
     nn.init.normal_(made.weight, std=2)
     return made
-"""
+
+
+def masking_teacher(seed):
+    """Masks a class by a large number, which uint8 codes do not reach."""
+    made = teacher(seed, num_classes=80)
+    with torch.no_grad():
+        made.weight[3] = 0
+        made.bias[3] = -2000
+    return made
+'''
 
 JOB = """
 name = "tiny"
@@ -148,6 +168,27 @@ def test_the_break_even_is_shown(plan):
     assert "break-even rows of the basis against" in plan().said
 
 
+SECOND_TEACHER = JOB[JOB.index("[[teachers]]") :].replace('"a"', '"b"')
+
+
+@pytest.mark.parametrize("masking", ["a", "b"])
+def test_a_break_even_that_one_of_several_teachers_has_not_is_a_dash(job, plan, masking):
+    change(job, "seed = 0", "seed = 0, num_classes = 80")
+    job.write_text(job.read_text() + SECOND_TEACHER.replace("seed = 0", "seed = 1, num_classes = 80"))
+    head, name, tail = job.read_text().partition(f'name = "{masking}"')
+    tail = tail.replace("sources:teacher", "sources:masking_teacher", 1).replace(", num_classes = 80", "", 1)
+    job.write_text(head + name + tail)
+    ended = plan()
+    assert (ended.code, ended.err) == (0, "")
+    cells = {line.split()[0]: line.split()[-1] for line in break_even_lines(ended.out)}
+    assert {name: cell == "-" for name, cell in cells.items()} == {"a": masking == "a", "b": masking == "b"}
+
+
+def break_even_lines(out: str) -> list[str]:
+    lines = out[out.index("break-even rows") :].splitlines()
+    return [line for line in lines if line.split()[:1] in (["a"], ["b"])]
+
+
 def test_advice_is_shown(job, plan):
     change(job, "seed = 0", "seed = 0, num_classes = 10")
     assert "Few classes: " in plan().said
@@ -165,6 +206,19 @@ def test_many_classes_under_codes_are_told_of_max_kl(job, plan):
     change(job, "max_kl = 0.01", 'codec = { kind = "codes" }')
     change(job, "seed = 0", "seed = 0, num_classes = 300")
     assert "Many classes: --max-kl 0.01" in plan().said
+
+
+def test_masks_that_differ_are_told_to_leave_only_codecs_of_a_byte_a_class(job, plan):
+    change(job, "forecast_sources:teacher", "forecast_sources:masking")
+    change(job, "arguments = { seed = 0 }", "")
+    said = plan().said
+    assert re.search(
+        r"Masks differ: [1-9]\d? of 400 rows of the pilot mask \(-inf\) other classes than most rows do", said
+    )
+
+
+def test_rows_that_mask_alike_are_told_nothing(plan):
+    assert "Masks differ" not in plan().said
 
 
 # as JSON --------------------------------------------------------------------------------------------------------------

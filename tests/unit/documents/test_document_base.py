@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kdcache.documents import GIVEN, Codes, DaskLocal, Fingerprint, Job, Lossless, Record, differences
+from kdcache.documents import GIVEN, Codes, DaskLocal, Fingerprint, Job, Lossless, Record, Spectral, TopK, differences
 from kdcache.errors import DocumentError, Problem
 
 FINGERPRINT = Fingerprint.make(name="a", source="models:net", weights_sha256="0" * 64)
@@ -48,6 +48,39 @@ def test_the_path_into_a_union_has_no_part_for_its_member():
     with pytest.raises(DocumentError) as caught:
         Job.from_mapping(job, source="j.toml")
     assert [problem.path for problem in caught.value.problems] == ["cache.codec.dtype"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Codes(dtype="uint32"), r"dtype: .*'uint8' or 'uint16', got 'uint32'"),
+        (lambda: TopK(k=0), r"k: .*greater than or equal to 1, got 0"),
+        (lambda: Spectral(max_kl=-0.01), r"max_kl: .*got -0\.01 .*\n.*kdcache\.Spectral\(max_kl=0\.01\)"),
+        (lambda: Codes("uint16"), r'got .uint16. without a name; .*\n.*kdcache\.Codes\(dtype="uint16"\)'),
+        (lambda: TopK(kk=3), r"kk: there is no such option \(did you mean k\?\); there are kind, k, tail, step"),
+        (lambda: Spectral(max_kl=0.1, step=1.0), r"\(root\): max_kl and step exclude each other"),
+    ],
+)
+def test_a_codec_spec_that_cannot_be_is_kdcaches_own_error_and_says_how_to_write_it(make, said):
+    with pytest.raises(DocumentError, match=said):
+        make()
+
+
+def test_an_unknown_option_of_a_jobs_codec_is_told_the_options_of_that_codec():
+    job = {"name": "j", "cache": {"address": "c", "codec": {"kind": "lossless", "type": 1}}}
+    with pytest.raises(DocumentError, match=r"cache\.codec\.type: there is no such option.*; there are kind, dtype \["):
+        Job.from_mapping(job, source="j.toml")
+
+
+def test_a_name_that_cannot_be_is_shown():
+    with pytest.raises(DocumentError, match=r"a name has letters, digits, .*, got 'a/b'"):
+        Fingerprint.make(name="a/b", source="m:n", weights_sha256="0" * 64)
+
+
+def test_a_long_value_is_cut_short_in_messages():
+    with pytest.raises(DocumentError, match=r"got 'xx.*\.\.\. \[string_pattern_mismatch\]") as caught:
+        Fingerprint.make(name="a", source="m:n", weights_sha256="x" * 1000)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

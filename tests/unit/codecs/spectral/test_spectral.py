@@ -1,11 +1,15 @@
 """The spectral codec: what it keeps, what it promises, and what it refuses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.codecs import Decoder, SpectralCodec, codec_for, fitted_codec, measure, parameters_to
 from kdcache.codecs.divergence import divergences
+from kdcache.codecs.spectral.zigzag import scaled
 from kdcache.documents import Spectral
 from kdcache.errors import CodecError, DocumentError, NonFiniteLogitsError, WrongClassCountError
 
@@ -109,6 +113,40 @@ def test_a_row_that_masks_other_classes_is_refused_by_number():
     rows[7, 3] = -torch.inf
     with pytest.raises((CodecError, NonFiniteLogitsError), match="Row 7"):
         decoder.encode(rows)
+
+
+class Picked(TorchDispatchMode):
+    """Notes the shape of everything that is picked out of a tensor by index, which copies it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in {torch.ops.aten.index, torch.ops.aten.index_select}:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def picked_to_encode_again(masked):
+    decoder = fitted(Spectral(max_kl=0.01), PILOT.masked_fill(masked, -torch.inf))
+    rows = LATER.masked_fill(masked, -torch.inf)
+    decoder.encode(rows)
+    with Picked() as picked:
+        decoder.encode(rows)
+    return picked.shapes
+
+
+@pytest.mark.parametrize("last", [3, 150], ids=["masked from the first on", "masked in the middle"])
+def test_the_basis_without_masked_classes_is_made_once(last):
+    masked = (torch.arange(300) < last) & (torch.arange(300) >= last - 3)
+    assert (12, 297) not in picked_to_encode_again(masked)
+
+
+def test_classes_that_stand_together_are_taken_from_the_logits_without_a_copy():
+    assert (300, 297) not in picked_to_encode_again(torch.arange(300) >= 297)
+    assert (300, 297) in picked_to_encode_again(torch.arange(300) % 100 == 50)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -260,3 +298,38 @@ def test_a_pilot_of_hugely_negative_logits_is_refused_with_a_remedy():
 
 def test_no_rows_give_no_codes():
     assert fitted(Spectral(max_kl=0.01), PILOT).encode(LATER[:0]).shape == (0, 13)
+
+
+@pytest.mark.parametrize("value", [3e38, 1e39, 1e300])
+def test_rows_beyond_float32_are_refused_by_number_with_a_fixed_step_too(value):
+    decoder = fitted(Spectral(step=0.05), PILOT)
+    logits = LATER[:3].double()
+    logits[1, ::2], logits[1, 1::2] = value, -value
+    with pytest.raises(CodecError, match="Row 1 lies more than 32766 steps along a component"):
+        decoder.encode(logits)
+
+
+def test_fitting_knows_no_autocast():
+    expected = fitted(Spectral(max_kl=0.01), PILOT).parameters
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fitted(Spectral(max_kl=0.01), PILOT).parameters
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_refusal_of_a_cut_rank_tells_the_error_that_is_left():
+    with pytest.raises(CodecError, match=r"Row \d+ cannot be coded with max_kl=0.001: .* its KL is still") as refused:
+        fitted(Spectral(max_kl=0.001, rank=9), PILOT).encode(LATER)
+    row, told = re.search(r"Row (\d+) .* still ([\d.e-]*\d)", str(refused.value)).groups()
+    finest = fitted(Spectral(step=1e-3, rank=9), PILOT)
+    left = measure(LATER, finest.decode(finest.encode(LATER)), HELD).amax(dim=1)
+    assert float(told) == pytest.approx(float(left[int(row)]), rel=0.05)
+    assert int(row) == int(left.argmax())
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 255, 256, 300])
+def test_coordinates_in_blocks_are_those_of_all_rows_at_once(num_rows):
+    codes = torch.arange(num_rows * 7, dtype=torch.int32).mul(997).remainder(65534).view(num_rows, 7)
+    bits = codes.to(torch.uint16).view(torch.int16)
+    steps = torch.rand(num_rows, 1, generator=torch.Generator().manual_seed(0))
+    numbers = torch.where(codes % 2 == 0, codes // 2, -(codes + 1) // 2)
+    assert torch.equal(scaled(bits, steps), numbers * steps)

@@ -175,6 +175,64 @@ def test_tails_where_levels_lie_far_apart_decode_to_numbers(tail):
     assert codec.decode(codes, parameters, temperature=1e3).argmax(1).tolist() == [3, 3]
 
 
+def spread_out(scale, num_classes=20_000, num_rows=4):
+    """Rows of normal logits of a standard deviation, in which the largest gaps are about eight times of it."""
+    return torch.randn(num_rows, num_classes, generator=torch.Generator().manual_seed(1)) * scale
+
+
+WIDE = {
+    "normal, 10": lambda: spread_out(10.0),
+    "normal, 20": lambda: spread_out(20.0),
+    "normal, 40": lambda: spread_out(40.0),
+    "normal, 100": lambda: spread_out(100.0),
+    "normal, 1000": lambda: spread_out(1000.0),
+    "half at -1e4": lambda: spread_out(3.0).index_fill(1, torch.arange(0, 20_000, 2), -1e4),
+    "half at -1e4, others wide": lambda: spread_out(20.0).index_fill(1, torch.arange(0, 20_000, 2), -1e4),
+    "a clump 25 below": lambda: spread_out(1.0) - 25.0 * (torch.arange(20_000) < 15_000),
+    "a clump 50 below": lambda: spread_out(1.0) - 50.0 * (torch.arange(20_000) < 19_000),
+    "all but a hundred 150 below": lambda: spread_out(3.0) - 150.0 * (torch.arange(20_000) >= 100),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 10.0, 20.0, 50.0, 100.0, 1000.0])
+@pytest.mark.parametrize("rows", WIDE)
+def test_the_log_partition_of_wide_rows_is_right_at_every_temperature(rows, temperature):
+    logits = WIDE[rows]()
+    codec, parameters, codes = coded(logits)
+    errors = codec.log_partition_error(logits, codes, parameters, temperature=temperature)
+    assert float(errors.abs().amax()) < 3e-3
+
+
+@pytest.mark.parametrize("temperature", [10.0, 50.0])
+def test_weights_of_samples_of_wide_rows_have_the_mass_of_the_kept_classes_right(temperature):
+    logits = spread_out(100.0)
+    top = logits.topk(8, 1).indices
+    found = weights(logits, temperature, tail="samples", step=2.0**-6).gather(1, top)
+    true = torch.softmax(logits.double() / temperature, 1).gather(1, top)
+    torch.testing.assert_close(found, true, rtol=0.01, atol=0.0)
+
+
+def test_rows_that_one_polynomial_follows_have_no_far_group():
+    codec, _, codes = coded(sampled(num_classes=2000))
+    assert not codec.columns.unpack(codes)["far_count"].any()
+
+
+def test_far_classes_fall_into_groups_that_begin_at_a_class_and_are_four_times_as_wide():
+    logits = torch.cat([torch.zeros(2, 20), torch.tensor([[-80.0, -300.0, -350.0, -5e4, -1e6, -2e6]] * 2)], 1)
+    codec, _, codes = coded(logits, k=4)
+    fields = codec.columns.unpack(codes)
+    assert fields["far_count"].tolist() == [[2, 1, 1, 2]] * 2
+    begins = torch.exp2(fields["far_gap"][0] / 256).tolist()
+    assert begins == pytest.approx([80.0, 350.0, 5e4, 1e6], rel=0.003)
+
+
+def test_rows_of_more_than_four_groups_keep_the_number_of_their_classes():
+    logits = torch.cat([torch.zeros(2, 20), -torch.tensor([[100.0, 1e3, 1e4, 1e5, 1e6, 5e6]] * 2)], 1)
+    codec, parameters, codes = coded(logits, k=4)
+    errors = codec.log_partition_error(logits, codes, parameters, temperature=1e9)
+    assert float(errors.abs().amax()) < 1e-3
+
+
 def test_far_classes_count_at_very_high_temperatures():
     logits = sampled(num_rows=8)
     logits[:, ::3] -= 100.0
@@ -307,14 +365,14 @@ def test_another_class_count_is_refused():
 
 def test_codes_of_another_codec_are_refused():
     codec, parameters = fitted(sampled())
-    with pytest.raises(ShapeError, match=r"shape \[row, 46\], got \(2, 20\)"):
+    with pytest.raises(ShapeError, match=r"shape \[row, 100\], got \(2, 20\)"):
         codec.decode(torch.zeros(2, 20, dtype=torch.uint16), parameters)
 
 
 def test_codes_of_another_dtype_are_refused():
     codec, parameters = fitted(sampled())
     with pytest.raises(CodecError, match=r"stored as torch\.uint16, got torch\.int16"):
-        codec.decode(torch.zeros(2, 46, dtype=torch.int16), parameters)
+        codec.decode(torch.zeros(2, 100, dtype=torch.int16), parameters)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
@@ -374,7 +432,7 @@ def test_a_spec_survives_json():
     assert TopK.from_json(spec.to_json(), source="test") == spec
 
 
-@pytest.mark.parametrize(("tail", "num_columns"), [("class-means", 8 + 8 + 12 + 2), ("samples", 30 + 2 + 5 + 5)])
+@pytest.mark.parametrize(("tail", "num_columns"), [("class-means", 8 + 8 + 12 + 56), ("samples", 84 + 2 + 5 + 5)])
 def test_columns_follow_the_format(tail, num_columns):
     codec = TopKCodec(TopK(k=8, tail=tail, num_samples=5), 300)
     assert (codec.num_columns, codec.storage_dtype, codec.fill) == (num_columns, "uint16", 65535)
@@ -479,17 +537,24 @@ def test_frequent_classes_have_small_ranks():
 
 def stranger(codes, parameters, temperature, *, k=16, num_nodes=12, step=0.125):
     """Decode a row of class means with NumPy and the published format alone."""
-    kept, gap, node, (num_far, far) = np.split(codes.astype(np.int64), [k, 2 * k, 2 * k + num_nodes])
+    places = np.cumsum([k, k, num_nodes, 4, 4])
+    kept, gap, node, num_far, far_gap, far_node = np.split(codes.astype(np.int64), places)
     classes = parameters["class_of_rank"][np.cumsum(kept + 1) - 1]
     rise = step * (gap.max() - gap)
     gaps = rise * (1 + rise / 8)
-    signed = np.where(node % 2, -(node + 1) // 2, node // 2)
+    signed, far_signed = (np.where(codes % 2, -(codes + 1) // 2, codes // 2) for codes in (node, far_node))
     coefficients = signed / 512 @ parameters["node_basis"] + parameters["node_mean"]
     beta = 1 / temperature
     log_mean = beta * np.polynomial.chebyshev.chebval(2 * beta * 0.7 - 1, coefficients)
     means = parameters["class_means"].astype(np.float64)
-    num_near = len(means) - np.isinf(means).sum() - k - num_far
-    tail = num_near * np.exp(log_mean - beta * gaps.max()) + num_far * np.exp(-beta * (gaps.max() + 2 ** (far / 256)))
+    num_near = len(means) - np.isinf(means).sum() - k - num_far.sum()
+    begins = 2 ** (far_gap / 256)
+    b = beta * begins / 8
+    edge = np.minimum(b, 2)
+    polynomials = [np.polynomial.chebyshev.Chebyshev(c, domain=[0, 2]) for c in far_signed.reshape(4, -1) / 1024]
+    log_far = [p(e) * x + (x - e) * e * p.deriv()(e) for p, x, e in zip(polynomials, b, edge, strict=True)]
+    far = num_far @ np.exp(np.minimum(log_far, 0) - beta * begins)
+    tail = np.exp(-beta * gaps.max()) * (num_near * np.exp(log_mean) + far)
     weights = np.exp((means - means.max()) * beta)
     weights[classes] = 0
     weights *= tail / weights.sum()
