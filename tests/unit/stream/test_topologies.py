@@ -1,0 +1,235 @@
+"""The same global batches for every number of ranks and workers, also after a restore at any step."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from tiny_caches import build_tiny, tiny_inputs, tiny_labels, tiny_transfer_set
+from torch import distributed, nn
+
+from kdcache import SoftTargetLoader, open_cache
+from kdcache.errors import OptionError, ShapeError
+
+NUM_STEPS = 12  # of two epochs: 40 examples in batches of 7
+RANKS = (1, 2, 3, 4)
+WORKERS = (0, 2)
+
+
+class Echo(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.clone()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("topologies") / "cache"
+    build_tiny(folder, tiny_transfer_set(), {"echo": Echo()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(built):
+    return open_cache(built)
+
+
+def loaders(cache, world_size, num_workers=0, **options) -> list[SoftTargetLoader]:
+    options = {"batch_size": 7, "seed": 3, **options}
+    return [
+        SoftTargetLoader(
+            cache, tiny_transfer_set(), rank=rank, world_size=world_size, num_workers=num_workers, **options
+        )
+        for rank in range(world_size)
+    ]
+
+
+def two_epochs(loader):
+    for _ in range(3):
+        yield from loader
+
+
+def global_batches(ranks, count) -> list[torch.Tensor]:
+    """What all ranks see in each step, one rank after the other; soft targets are held against the inputs beside."""
+    found = []
+    for parts, _ in zip(zip(*map(two_epochs, ranks), strict=True), range(count), strict=False):
+        for inputs, labels, soft_targets in parts:
+            assert torch.allclose(soft_targets.logits()[:, 0], inputs)
+            assert len(labels) == len(inputs)
+        found.append(torch.cat([inputs for inputs, _, _ in parts]))
+    return found
+
+
+@pytest.fixture(scope="module", params=[None, "windowed"], ids=["whole", "windowed"])
+def order(request):
+    return {} if request.param is None else {"shuffle": "windowed", "window_shards": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, order):
+    """The batches of one process, and its state before each and after the last."""
+    (loader,) = loaders(cache, 1, **order)
+    states, batches = [loader.state_dict()], []
+    for inputs, _, _ in two_epochs(loader):
+        batches.append(inputs)
+        states.append(loader.state_dict())
+        if len(batches) == NUM_STEPS:
+            return states, batches
+    raise AssertionError
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("world_size", RANKS)
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_ranks_and_workers_see_the_same_global_batches(cache, order, undisturbed, world_size, num_workers):
+    assert_same(global_batches(loaders(cache, world_size, num_workers, **order), NUM_STEPS), undisturbed[1])
+
+
+@pytest.mark.parametrize("world_size", RANKS)
+@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
+def test_a_state_of_one_process_is_restored_by_any_number_at_every_step(cache, order, undisturbed, world_size, step):
+    states, batches = undisturbed
+    ranks = loaders(cache, world_size, **order)
+    for loader in ranks:
+        loader.load_state_dict(states[step])
+    assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
+
+
+@pytest.mark.parametrize("step", range(0, NUM_STEPS + 1))
+def test_workers_restore_every_step(cache, undisturbed, order, step):
+    states, batches = undisturbed
+    ranks = loaders(cache, 2, 2, **order)
+    for loader in ranks:
+        loader.load_state_dict(states[step])
+    assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("world_size", RANKS)
+def test_every_topology_gives_the_states_of_one_process(cache, order, undisturbed, world_size, num_workers):
+    ranks = loaders(cache, world_size, num_workers, **order)
+    for step, _ in enumerate(zip(*map(two_epochs, ranks), strict=True)):
+        assert [loader.state_dict() for loader in ranks] == [undisturbed[0][step + 1]] * world_size
+        if step + 1 == NUM_STEPS:
+            break
+
+
+def test_all_ranks_have_equally_many_batches(cache):
+    assert {len(loader) for loader in loaders(cache, 4)} == {6}
+
+
+def test_parts_of_a_batch_differ_by_one_example_at_most(cache):
+    sizes = [[len(inputs) for inputs, _, _ in loader] for loader in loaders(cache, 3)]
+    assert sizes == [[3, 3, 3, 3, 3, 2], [2, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2, 1]]
+
+
+def test_ranks_that_would_get_nothing_are_refused(cache):
+    with pytest.raises(ShapeError, match=r"the last of 4 batches has 1 example\(s\) for 2 ranks.*drop_last=True"):
+        loaders(cache, 2, batch_size=13)
+
+
+def test_more_ranks_than_examples_of_a_batch_are_refused(cache):
+    with pytest.raises(ShapeError, match="a global batch of 2 examples cannot be shared by 3 ranks"):
+        loaders(cache, 3, batch_size=2)
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"world_size": 2}])
+def test_a_rank_without_a_world_is_refused(cache, options):
+    with pytest.raises(OptionError, match="give both, or neither"):
+        SoftTargetLoader(cache, tiny_transfer_set(), batch_size=7, **options)
+
+
+def test_a_rank_beyond_the_world_is_refused(cache):
+    with pytest.raises(OptionError, match="rank 2 of world_size 2"):
+        SoftTargetLoader(cache, tiny_transfer_set(), batch_size=7, rank=2, world_size=2)
+
+
+def part_of(folder, rank, world_size, address, answers):
+    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world_size)
+    loader = SoftTargetLoader(open_cache(folder), tiny_transfer_set(), batch_size=7, seed=3)
+    answers.put((rank, [inputs.numpy() for inputs, _, _ in loader]))
+    distributed.destroy_process_group()
+
+
+def test_ranks_are_those_of_torch_distributed(built, tmp_path, cache):
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    started = [context.Process(target=part_of, args=(built, rank, 2, tmp_path / "meet", answers)) for rank in range(2)]
+    for process in started:
+        process.start()
+    parts = dict(answers.get(timeout=120) for _ in started)
+    for process in started:
+        process.join(timeout=60)
+    (alone,) = loaders(cache, 1)
+    whole = [torch.cat([torch.from_numpy(part) for part in step]) for step in zip(parts[0], parts[1], strict=True)]
+    assert_same(whole, [inputs for inputs, _, _ in alone])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_workers_of_every_start_method_read_after_the_cache_was_read(cache, context):
+    cache.read(range(40)).logits()
+    (loader,) = loaders(cache, 1, 2, multiprocessing_context=context)
+    assert_same(global_batches([loader], 6), [inputs for inputs, _, _ in loaders(cache, 1)[0]])
+
+
+def test_workers_that_are_kept_read_every_epoch(cache):
+    (loader,) = loaders(cache, 1, 2)
+    (alone,) = loaders(cache, 1)
+    for _ in range(3):
+        assert_same([inputs for inputs, _, _ in loader], [inputs for inputs, _, _ in alone])
+
+
+def test_a_loop_with_workers_that_was_left_loses_nothing_of_the_next(cache):
+    (loader,) = loaders(cache, 1, 2)
+    next(iter(loader))
+    assert_same([inputs for inputs, _, _ in loader], [inputs for inputs, _, _ in loaders(cache, 1)[0]])
+
+
+def test_two_loops_with_kept_workers_see_the_same_batches(cache):
+    (loader,) = loaders(cache, 1, 2)
+    pairs = list(zip(loader, loader, strict=True))
+    assert all(torch.equal(one[0], other[0]) for one, other in pairs)
+
+
+class Dying(torch.utils.data.Dataset):
+    """Kills the process that reads its last input, unless that is the one that trains."""
+
+    def __init__(self):
+        self.trains = os.getpid()
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index == 39 and os.getpid() != self.trains:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tiny_inputs()[index], int(tiny_labels()[index])
+
+
+def test_a_worker_that_is_killed_is_an_error_and_no_hang(cache):
+    loader = SoftTargetLoader(cache, Dying(), batch_size=7, num_workers=2, shuffle=False)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(loader)
+
+
+def test_workers_draw_nothing_from_the_generator_that_trains(cache):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    list(loaders(cache, 1, 2)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unknown_start_method_is_refused(cache):
+    with pytest.raises(OptionError, match="multiprocessing_context is 'thread'"):
+        loaders(cache, 1, 2, multiprocessing_context="thread")
+
+
+def test_fewer_than_no_workers_are_refused(cache):
+    with pytest.raises(OptionError, match="num_workers is -1"):
+        loaders(cache, 1, -1)
