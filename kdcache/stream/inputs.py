@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["InputBatch", "InputReader", "Request"]
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,7 +82,12 @@ class InputReader:
         self._multiprocessing_context = multiprocessing_context
         self._kept: _Workers | None = None
 
-    def read(self, requests: Iterable[Request]) -> Iterator[InputBatch]:
+    @property
+    def has_workers(self) -> bool:
+        """Whether processes read; what they read is to be taken in the thread that asked for it."""
+        return self._num_workers > 0
+
+    def read(self, requests: Iterable[Request]) -> Generator[InputBatch]:
         """Answer requests one by one, in their order; workers are asked ahead."""
         if self._num_workers == 0:
             return (self._requested.read(request) for request in requests)
@@ -135,7 +140,7 @@ class _Workers:
         self._loader: DataLoader[InputBatch] = DataLoader(
             requested,
             batch_sampler=self,  # type: ignore[arg-type] # its indexes are requests
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type] # a request gives one batch, no list of examples
             generator=torch.Generator(),  # workers' seeds are not drawn from the one that trains a student
             **options,
         )
@@ -143,12 +148,12 @@ class _Workers:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 
-    def read(self, requests: Iterable[Request]) -> Iterator[InputBatch]:
+    def read(self, requests: Iterable[Request]) -> Generator[InputBatch]:
         self._requests = requests
         self.is_busy = True
         return self._answers(iter(self._loader))  # starts the workers now, from this thread
 
-    def _answers(self, answers: Iterator[InputBatch]) -> Iterator[InputBatch]:
+    def _answers(self, answers: Iterator[InputBatch]) -> Generator[InputBatch]:
         try:
             yield from answers
         finally:

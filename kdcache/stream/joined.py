@@ -165,12 +165,14 @@ class JoinedExamples:
             )
 
     def _rows_in_view(self, indices: np.ndarray) -> np.ndarray:
-        return self._first_row[indices] % self.cache.document.padded_rows
+        rows: np.ndarray = self._first_row[indices] % self.cache.document.padded_rows
+        return rows
 
     def _example_of_row(self, first_rows: np.ndarray) -> np.ndarray:
         if self.cache.document.num_rows == self.cache.document.num_examples:
             return first_rows
-        return np.searchsorted(self.cache.first_rows, first_rows)
+        found: np.ndarray = np.searchsorted(self.cache.first_rows, first_rows)
+        return found
 
 
 def _views_in_words(views: tuple[str, int] | None) -> str:

@@ -21,7 +21,7 @@ from kdcache.stream.batches import GlobalBatches, Topology
 from kdcache.stream.inputs import InputBatch, InputReader, Request
 from kdcache.stream.joined import JoinedExamples
 from kdcache.stream.order import Order, SequentialOrder, ShuffledOrder, WindowedOrder
-from kdcache.stream.rows import RowSource, open_rows
+from kdcache.stream.rows import open_rows
 from kdcache.stream.transfer import DeviceTransfer
 from kdcache.transfer_set import TransferSet
 
@@ -224,15 +224,17 @@ class SoftTargetLoader:
         self._position = (self._epoch, 0)
 
     def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
-        """Make batches on one thread, a few ahead of use."""
+        """Make batches on one thread, a few ahead of use; what workers read is taken from them in this one."""
         asked: deque[_Step] = deque()
-        steps = self._steps(epoch, start, topology)
-        answers = self._reader.read(_noted(steps, asked))
+        answers = self._reader.read(_noted(self._steps(epoch, start, topology), asked))
+        waiting: deque[Future[tuple[Batch, Any]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
-            waiting: deque[Future[Any]] = deque()
             try:
                 for _ in range(start, len(self)):
-                    waiting.append(pool.submit(self._make, answers, asked))
+                    if self._reader.has_workers:
+                        waiting.append(pool.submit(self._make, next(answers), asked.popleft()))
+                    else:
+                        waiting.append(pool.submit(lambda: self._make(next(answers), asked.popleft())))
                     if len(waiting) > self._prefetch_batches:
                         yield self._transfer.received(*waiting.popleft().result())
                 while waiting:
@@ -240,8 +242,7 @@ class SoftTargetLoader:
             finally:
                 for future in waiting:
                     future.cancel()
-                waiting.clear()
-                pool.submit(_closed, answers)
+        answers.close()
 
     def _steps(self, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
         """Give what each step needs, from a batch on: this rank's examples, and the shards that are read meanwhile."""
@@ -258,27 +259,26 @@ class SoftTargetLoader:
                 checked = examples if number == start else examples[[int(examples[0]) % len(examples)]]
                 yield _Step(Request(examples, checked), self._epochs.shards_from(order, part))
 
-    def _make(self, answers: Iterator[InputBatch], asked: deque[_Step]) -> tuple[Batch, Any]:
-        inputs, digests = next(answers)
-        (indices, checked), shards = asked.popleft()
+    def _make(self, answer: InputBatch, step: _Step) -> tuple[Batch, Any]:
+        inputs, digests = answer
+        indices, checked = step.request
         self._joined.check_digests(checked, digests)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
-        if shards is not None:
-            self._rows.expect(shards)
+        if step.shards is not None:
+            self._rows.expect(step.shards)
         rows, num_rows = self._joined.rows_of(indices)
         soft_targets = self._rows.read(rows)
         if not self._joined.has_single_rows:
             soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
-        return self._transfer.send((inputs, labels, soft_targets))  # type: ignore[return-value]
+        return self._transfer.send((inputs, labels, soft_targets))
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
+    """What a step needs: its inputs, and the shards that are read from now on."""
+
     request: Request
     shards: Sequence[int] | None
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.request, self.shards))
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +314,7 @@ class _Epochs:
         shard_bytes = max(1, num_bytes // joined.cache.document.num_shards)
         stored = joined.in_storage_order()
         shards = window_shards or max(1, max_resident_bytes // 4 // shard_bytes)
-        return cls(joined, seed, True, shards, stored, joined.first_of_shards(stored))  # noqa: FBT003
+        return cls(joined, seed, True, shards, stored, joined.first_of_shards(stored))
 
     @property
     def num_examples(self) -> int:
@@ -345,10 +345,3 @@ def _noted(steps: Iterator[_Step], asked: deque[_Step]) -> Iterator[Request]:
     for step in steps:
         asked.append(step)
         yield step.request
-
-
-def _closed(answers: Iterator[InputBatch]) -> None:
-    """End a reader's generator, on the thread that ran it."""
-    close = getattr(answers, "close", None)
-    if close is not None:
-        close()

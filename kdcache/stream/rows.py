@@ -34,9 +34,7 @@ class RowSource(Protocol):
         ...
 
 
-def open_rows(
-    cache: SoftTargetCache, *, teachers: Sequence[str] | None, max_resident_bytes: int
-) -> RowSource:
+def open_rows(cache: SoftTargetCache, *, teachers: Sequence[str] | None, max_resident_bytes: int) -> RowSource:
     """Choose a tier for a cache."""
     if cache.coded_bytes(teachers=teachers) <= max_resident_bytes and cache.complete is not None:
         cache.hold_in_memory(teachers=teachers)

@@ -101,7 +101,7 @@ def test_a_state_of_one_process_is_restored_by_any_number_at_every_step(cache, o
     assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
 
 
-@pytest.mark.parametrize("step", range(0, NUM_STEPS + 1))
+@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
 def test_workers_restore_every_step(cache, undisturbed, order, step):
     states, batches = undisturbed
     ranks = loaders(cache, 2, 2, **order)
