@@ -95,21 +95,19 @@ class JoinedExamples:
         edges = (first_shard + np.arange(num_shards + 1)) * document.shard_rows
         return np.searchsorted(self._first_row[stored], edges)
 
-    def check_digests(self, indices: np.ndarray, digests: list[bytes] | None) -> None:
-        """Hold digests of inputs against those of what the teachers saw; where a cache keeps none, nothing is held.
+    def check_digests(self, indices: np.ndarray) -> None:
+        """Read inputs anew and hold them against the digests of what the teachers saw, where a cache keeps them.
 
         Raises
         ------
         InputMismatchError
             An input is another one.
         """
-        if digests is None:
-            return
         kept = self.cache.input_digests_of(self._example_of_row(self._rows_in_view(indices)))
         if kept is None:
             return
-        for index, ours, theirs in zip(indices.tolist(), digests, kept, strict=True):
-            if ours != theirs.tobytes():
+        for index, digest in zip(indices.tolist(), kept, strict=True):
+            if self.inputs.digest_of(index) != digest.tobytes():
                 raise InputMismatchError(
                     f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
                     f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "

@@ -18,7 +18,6 @@ from kdcache.cache import SoftTargetCache
 from kdcache.errors import OptionError, TransferSetError
 from kdcache.soft_targets import SoftTargets
 from kdcache.stream.batches import GlobalBatches, Topology
-from kdcache.stream.inputs import InputBatch, InputReader, Request
 from kdcache.stream.joined import JoinedExamples
 from kdcache.stream.order import Order, SequentialOrder, ShuffledOrder, WindowedOrder
 from kdcache.stream.rows import open_rows
@@ -39,7 +38,7 @@ class SoftTargetLoader:
     """Streams (inputs, labels, soft targets) batches in a deterministic global shuffle.
 
     Each epoch's order is a pure function of (seed, epoch), and of nothing else: the sequence of global batches is the
-    same for every world size and number of workers. Inputs and soft targets are joined by example_id. All labels, the
+    same for every world size. Inputs and soft targets are joined by example_id. All labels, the
     whole first batch of every epoch and one example of every further batch are held against what the cache keeps of
     the inputs that the teachers saw, so that training on changed or reordered inputs is an error.
 
@@ -68,12 +67,6 @@ class SoftTargetLoader:
         This process among those that train together. Those of torch.distributed where it is initialised when an
         iteration begins; else one process alone. Every rank gets a contiguous part of each global batch, and equally
         many batches.
-    num_workers : int
-        Processes that read inputs; 0 reads them on a thread. The cache is read in this process in either case.
-    persistent_workers : bool
-        Keep those processes from epoch to epoch.
-    multiprocessing_context : {"fork", "spawn", "forkserver"}, optional
-        How they are started; torch's default where absent.
     prefetch_batches : int
         Batches made ahead of use.
     device : str, optional
@@ -119,9 +112,6 @@ class SoftTargetLoader:
         teachers: Sequence[str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        num_workers: int = 0,
-        persistent_workers: bool = True,
-        multiprocessing_context: str | None = None,
         prefetch_batches: int = 2,
         device: str | None = None,
         max_resident_bytes: int = RESIDENT_BYTES,
@@ -140,10 +130,6 @@ class SoftTargetLoader:
         self._topology = (rank, world_size)
         self._batches.check_parts(Topology.current(rank, world_size))
         self._prefetch_batches = prefetch_batches
-        self._reader = InputReader(
-            self.inputs, view_index=view_index, num_workers=num_workers, persistent_workers=persistent_workers,
-            prefetch_batches=prefetch_batches, multiprocessing_context=multiprocessing_context,
-        )  # fmt: skip
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
         self._transfer = DeviceTransfer(device)
         self._rows = open_rows(cache, teachers=teachers, max_resident_bytes=max_resident_bytes)
@@ -177,7 +163,7 @@ class SoftTargetLoader:
     def state_dict(self) -> dict[str, int]:
         """Give the position behind the batch given last, and what it is a position in.
 
-        The same on every rank, and good for any number of ranks and workers.
+        The same on every rank, and good for any number of ranks.
         """
         epoch, next_batch = self._position
         return {**self._order_state(), "epoch": epoch, "next_batch": next_batch}
@@ -224,17 +210,12 @@ class SoftTargetLoader:
         self._position = (self._epoch, 0)
 
     def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
-        """Make batches on one thread, a few ahead of use; what workers read is taken from them in this one."""
-        asked: deque[_Step] = deque()
-        answers = self._reader.read(_noted(self._steps(epoch, start, topology), asked))
+        """Make batches on one thread, a few ahead of use."""
         waiting: deque[Future[tuple[Batch, Any]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
             try:
-                for _ in range(start, len(self)):
-                    if self._reader.has_workers:
-                        waiting.append(pool.submit(self._make, next(answers), asked.popleft()))
-                    else:
-                        waiting.append(pool.submit(lambda: self._make(next(answers), asked.popleft())))
+                for step in self._steps(epoch, start, topology):
+                    waiting.append(pool.submit(self._make, step))
                     if len(waiting) > self._prefetch_batches:
                         yield self._transfer.received(*waiting.popleft().result())
                 while waiting:
@@ -242,7 +223,6 @@ class SoftTargetLoader:
             finally:
                 for future in waiting:
                     future.cancel()
-        answers.close()
 
     def _steps(self, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
         """Give what each step needs, from a batch on: this rank's examples, and the shards that are read meanwhile."""
@@ -257,16 +237,15 @@ class SoftTargetLoader:
             indices = np.split(self._epochs.indices_at(order, positions), np.cumsum([b - a for a, b in parts])[:-1])
             for number, (examples, part) in enumerate(zip(indices, parts, strict=True), start=first):
                 checked = examples if number == start else examples[[int(examples[0]) % len(examples)]]
-                yield _Step(Request(examples, checked), self._epochs.shards_from(order, part))
+                yield _Step(examples, checked, self._epochs.shards_from(order, part))
 
-    def _make(self, answer: InputBatch, step: _Step) -> tuple[Batch, Any]:
-        inputs, digests = answer
-        indices, checked = step.request
-        self._joined.check_digests(checked, digests)
-        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
+    def _make(self, step: _Step) -> tuple[Batch, Any]:
+        self._joined.check_digests(step.checked)
+        inputs = self.inputs.read_inputs(step.indices, view_index=self._joined.view_index)
+        labels = None if self._labels is None else self._labels[torch.from_numpy(step.indices)]
         if step.shards is not None:
             self._rows.expect(step.shards)
-        rows, num_rows = self._joined.rows_of(indices)
+        rows, num_rows = self._joined.rows_of(step.indices)
         soft_targets = self._rows.read(rows)
         if not self._joined.has_single_rows:
             soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
@@ -275,9 +254,13 @@ class SoftTargetLoader:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """What a step needs: its inputs, and the shards that are read from now on."""
+    """What a step needs: its examples, those whose inputs are held against their digests, and what is read from now on.
 
-    request: Request
+    Indices are positions in the inputs, shards those of this window and of the next; None where any may be read.
+    """
+
+    indices: np.ndarray
+    checked: np.ndarray
     shards: Sequence[int] | None
 
 
@@ -339,9 +322,3 @@ class _Epochs:
         document = self.joined.cache.document
         base = self.joined.view_index * document.padded_rows // document.shard_rows
         return [base + int(shard) for window in range(first, last + 2) for shard in order.shards_of(window)]
-
-
-def _noted(steps: Iterator[_Step], asked: deque[_Step]) -> Iterator[Request]:
-    for step in steps:
-        asked.append(step)
-        yield step.request

@@ -1,14 +1,12 @@
-"""The same global batches for every number of ranks and workers, also after a restore at any step."""
+"""The same global batches for every number of ranks, also after a restore at any step."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 
 import pytest
 import torch
-from tiny_caches import build_tiny, tiny_inputs, tiny_labels, tiny_transfer_set
+from tiny_caches import build_tiny, tiny_transfer_set
 from torch import distributed, nn
 
 from kdcache import SoftTargetLoader, open_cache
@@ -16,7 +14,6 @@ from kdcache.errors import OptionError, ShapeError
 
 NUM_STEPS = 12  # of two epochs: 40 examples in batches of 7
 RANKS = (1, 2, 3, 4)
-WORKERS = (0, 2)
 
 
 class Echo(nn.Module):
@@ -36,12 +33,10 @@ def cache(built):
     return open_cache(built)
 
 
-def loaders(cache, world_size, num_workers=0, **options) -> list[SoftTargetLoader]:
+def loaders(cache, world_size, **options) -> list[SoftTargetLoader]:
     options = {"batch_size": 7, "seed": 3, **options}
     return [
-        SoftTargetLoader(
-            cache, tiny_transfer_set(), rank=rank, world_size=world_size, num_workers=num_workers, **options
-        )
+        SoftTargetLoader(cache, tiny_transfer_set(), rank=rank, world_size=world_size, **options)
         for rank in range(world_size)
     ]
 
@@ -86,9 +81,8 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("world_size", RANKS)
-@pytest.mark.parametrize("num_workers", WORKERS)
-def test_ranks_and_workers_see_the_same_global_batches(cache, order, undisturbed, world_size, num_workers):
-    assert_same(global_batches(loaders(cache, world_size, num_workers, **order), NUM_STEPS), undisturbed[1])
+def test_ranks_see_the_same_global_batches(cache, order, undisturbed, world_size):
+    assert_same(global_batches(loaders(cache, world_size, **order), NUM_STEPS), undisturbed[1])
 
 
 @pytest.mark.parametrize("world_size", RANKS)
@@ -101,19 +95,9 @@ def test_a_state_of_one_process_is_restored_by_any_number_at_every_step(cache, o
     assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
 
 
-@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
-def test_workers_restore_every_step(cache, undisturbed, order, step):
-    states, batches = undisturbed
-    ranks = loaders(cache, 2, 2, **order)
-    for loader in ranks:
-        loader.load_state_dict(states[step])
-    assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
-
-
-@pytest.mark.parametrize("num_workers", WORKERS)
 @pytest.mark.parametrize("world_size", RANKS)
-def test_every_topology_gives_the_states_of_one_process(cache, order, undisturbed, world_size, num_workers):
-    ranks = loaders(cache, world_size, num_workers, **order)
+def test_every_world_size_gives_the_states_of_one_process(cache, order, undisturbed, world_size):
+    ranks = loaders(cache, world_size, **order)
     for step, _ in enumerate(zip(*map(two_epochs, ranks), strict=True)):
         assert [loader.state_dict() for loader in ranks] == [undisturbed[0][step + 1]] * world_size
         if step + 1 == NUM_STEPS:
@@ -169,67 +153,3 @@ def test_ranks_are_those_of_torch_distributed(built, tmp_path, cache):
     (alone,) = loaders(cache, 1)
     whole = [torch.cat([torch.from_numpy(part) for part in step]) for step in zip(parts[0], parts[1], strict=True)]
     assert_same(whole, [inputs for inputs, _, _ in alone])
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
-def test_workers_of_every_start_method_read_after_the_cache_was_read(cache, context):
-    cache.read(range(40)).logits()
-    (loader,) = loaders(cache, 1, 2, multiprocessing_context=context)
-    assert_same(global_batches([loader], 6), [inputs for inputs, _, _ in loaders(cache, 1)[0]])
-
-
-def test_workers_that_are_kept_read_every_epoch(cache):
-    (loader,) = loaders(cache, 1, 2)
-    (alone,) = loaders(cache, 1)
-    for _ in range(3):
-        assert_same([inputs for inputs, _, _ in loader], [inputs for inputs, _, _ in alone])
-
-
-def test_a_loop_with_workers_that_was_left_loses_nothing_of_the_next(cache):
-    (loader,) = loaders(cache, 1, 2)
-    next(iter(loader))
-    assert_same([inputs for inputs, _, _ in loader], [inputs for inputs, _, _ in loaders(cache, 1)[0]])
-
-
-def test_two_loops_with_kept_workers_see_the_same_batches(cache):
-    (loader,) = loaders(cache, 1, 2)
-    pairs = list(zip(loader, loader, strict=True))
-    assert all(torch.equal(one[0], other[0]) for one, other in pairs)
-
-
-class Dying(torch.utils.data.Dataset):
-    """Kills the process that reads its last input, unless that is the one that trains."""
-
-    def __init__(self):
-        self.trains = os.getpid()
-
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, index):
-        if index == 39 and os.getpid() != self.trains:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return tiny_inputs()[index], int(tiny_labels()[index])
-
-
-def test_a_worker_that_is_killed_is_an_error_and_no_hang(cache):
-    loader = SoftTargetLoader(cache, Dying(), batch_size=7, num_workers=2, shuffle=False)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(loader)
-
-
-def test_workers_draw_nothing_from_the_generator_that_trains(cache):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    list(loaders(cache, 1, 2)[0])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_an_unknown_start_method_is_refused(cache):
-    with pytest.raises(OptionError, match="multiprocessing_context is 'thread'"):
-        loaders(cache, 1, 2, multiprocessing_context="thread")
-
-
-def test_fewer_than_no_workers_are_refused(cache):
-    with pytest.raises(OptionError, match="num_workers is -1"):
-        loaders(cache, 1, -1)
