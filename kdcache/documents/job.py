@@ -184,7 +184,7 @@ class StudentSweep(Factory):
     """Of the initial weights: a student for each."""
     mean: Literal["geometric", "arithmetic", "tempered-arithmetic"] = "geometric"
     """Which mean over the teachers."""
-    divergence: Literal["forward-kl", "cross-entropy", "logit-matching"] = "forward-kl"
+    divergence: Literal["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"] = "forward-kl"
     """What the soft term measures."""
     subset: Factory | None = None
     """Gives the example_ids to train on; all where absent."""

@@ -5,8 +5,9 @@ the cross-entropy with the labels at temperature 1. Their gradients keep their r
 changes (Hinton, Vinyals and Dean 2015, section 2).
 
 A class that the soft targets mask, with a logit of -inf, has the probability 0; logit matching leaves it out. The
-student may mask the same class. If it masks one alone to which the soft targets give a probability, the soft term is
-infinite, and that of logit matching NaN.
+student may mask the same class. If it masks one alone to which the soft targets give a probability, forward KL and the
+cross-entropy are infinite, and logit matching NaN; reverse KL and Jensen-Shannon are finite. If the soft targets mask
+one to which the student gives a probability, reverse KL is infinite and the other soft terms finite.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ __all__ = [
     "Reduction",
     "distillation_loss",
     "forward_kl",
+    "jensen_shannon",
     "logit_matching_loss",
     "logits_to_match",
+    "reverse_kl",
     "soft_cross_entropy",
 ]
 
@@ -29,7 +32,9 @@ from kdcache.losses.divergences import (
     Divergence,
     Reduction,
     forward_kl,
+    jensen_shannon,
     logit_matching_loss,
+    reverse_kl,
     soft_cross_entropy,
 )
 from kdcache.losses.ensemble import logits_to_match

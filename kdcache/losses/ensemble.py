@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["Ensemble", "ensemble_beside", "logits_to_match"]
+__all__ = ["Ensemble", "ToSoften", "check_is_comparable", "ensemble_beside", "logits_to_match", "rows_of"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kdcache.errors import OptionError, ShapeError
-from kdcache.losses.divergences import Divergence
+from kdcache.errors import OptionError
+from kdcache.losses.by_formula import TEACHERS, Softened, softened, softened_mixture, softened_weights
+from kdcache.losses.divergences import Divergence, needs_every_class
 from kdcache.soft_targets import (
     Mean,
     SoftTargets,
     Weights,
     log_mean_probabilities,
     mean_logits,
+    normalised_weights,
     softened_blocks,
 )
 
@@ -58,7 +61,7 @@ def logits_to_match(
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Teachers of a batch with their mean chosen, from a cache or from logits; see `ensemble_beside`."""
+    """Teachers of some rows with their mean chosen, from a cache or from logits; see `ensemble_beside`."""
 
     source: SoftTargets | Float[Tensor, "row teacher class"]
     mean: Mean
@@ -69,15 +72,54 @@ class Ensemble:
         """Give what the divergence compares the student with: logits for logit matching, else log-probabilities."""
         return self._logits() if divergence == "logit-matching" else self._log_probabilities(temperature)
 
-    def row_blocks(self) -> Iterator[tuple[slice, Ensemble]]:
-        """Cut into blocks of consecutive rows, as `SoftTargets.row_blocks` does; nothing is copied."""
+    def to_soften(self, temperature: float) -> ToSoften:
+        """Give what is left to be softened, and averaged, at a temperature; of these rows all at once."""
+        is_sampled = isinstance(self.source, SoftTargets) and self.source.is_sampled(self.teachers)
+        if is_sampled or (self.mean == "tempered-arithmetic" and self._num_teachers > 1):
+            return ToSoften(self._log_probabilities(temperature)[:, None], 1.0, is_sampled=is_sampled)
         if isinstance(self.source, SoftTargets):
-            for rows, block in self.source.row_blocks():
-                yield rows, replace(self, source=block)
-        else:
-            num_rows, num_teachers, num_classes = self.source.shape
-            for rows in softened_blocks(num_rows, num_teachers * num_classes, self.source.device):
-                yield rows, replace(self, source=self.source[rows])
+            if self.mean != "arithmetic" or self._num_teachers == 1:
+                logits = self.source.mean_logits(temperature=temperature, weights=self.weights, teachers=self.teachers)
+                return ToSoften(logits[:, None], temperature)
+            members, weights = self.source.members(temperature, weights=self.weights, teachers=self.teachers)
+            return ToSoften(members, temperature, weights)
+        if self.mean == "arithmetic" and self._num_teachers > 1:
+            return ToSoften(self.source, temperature, normalised_weights(self._in_order, self._num_teachers))
+        return ToSoften(mean_logits(self.source, weights=self._in_order)[:, None], temperature)
+
+    def row_blocks(self, rows: Tensor | None = None) -> Iterator[tuple[slice, Ensemble]]:
+        """Cut into blocks of consecutive rows, as `SoftTargets.row_blocks` does; nothing is copied.
+
+        Parameters
+        ----------
+        rows : Tensor [row], optional
+            Plain logits have more rows, and these are meant.
+
+        Yields
+        ------
+        slice
+            Places among the rows that are meant.
+        Ensemble
+            The same teachers of these rows.
+        """
+        if isinstance(self.source, SoftTargets):
+            for block, source in self.source.row_blocks():
+                yield block, replace(self, source=source)
+            return
+        num_rows, num_teachers, num_classes = self.source.shape
+        num_meant = num_rows if rows is None else len(rows)
+        for block in softened_blocks(num_meant, num_teachers * num_classes, self.source.device):
+            yield block, replace(self, source=rows_of(self.source, block if rows is None else rows[block]))
+
+    def of_rows(self, rows: Tensor) -> Ensemble:
+        """Give plain logits of some rows; soft targets from a cache are selected already."""
+        return self if isinstance(self.source, SoftTargets) else replace(self, source=rows_of(self.source, rows))
+
+    @property
+    def _num_teachers(self) -> int:
+        if isinstance(self.source, SoftTargets):
+            return len(self.source.codes if self.teachers is None else self.teachers)
+        return self.source.shape[1]
 
     def _log_probabilities(self, temperature: float) -> Tensor:
         if isinstance(self.source, SoftTargets):
@@ -98,38 +140,89 @@ class Ensemble:
         return None if isinstance(self.weights, Mapping) else self.weights
 
 
+@dataclass(frozen=True)
+class ToSoften:
+    """Soft targets before their softmax and their arithmetic mean.
+
+    Parameters
+    ----------
+    members : Tensor [row, teacher, class]
+        Logits; of one teacher, or of several whose arithmetic mean is meant. Or log-weights of one.
+    temperature : float
+        What the logits are divided by.
+    weights : sequence of float [teacher], optional
+        Of several teachers; they sum to 1.
+    is_sampled : bool, default False
+        Whether they are log-weights that are right on average, used as they are.
+    """
+
+    members: Float[Tensor, "row teacher class"]
+    temperature: float
+    weights: Sequence[float] = ()
+    is_sampled: bool = False
+
+    def __getitem__(self, rows: slice) -> ToSoften:
+        return replace(self, members=self.members[rows])
+
+    def softened(self, dtype: torch.dtype) -> Softened:
+        """Soften them, in this type."""
+        members = [member.to(dtype) for member in self.members.unbind(1)]
+        if self.is_sampled:
+            return softened_weights(members[0])
+        if len(members) == 1:
+            return softened(members[0], self.temperature, place=TEACHERS)
+        return softened_mixture(members, self.weights, self.temperature)
+
+
 def ensemble_beside(
-    student_logits: Float[Tensor, "row class"],
-    soft_targets: SoftTargets | Float[Tensor, "row class"] | Float[Tensor, "row teacher class"],
+    device: torch.device,
+    soft_targets: SoftTargets | Float[Tensor, "row teacher class"],
+    divergence: Divergence,
     *,
     mean: Mean,
     weights: Weights | None,
     teachers: Sequence[str] | None,
 ) -> Ensemble:
-    """Put the teachers of a batch beside a student, on its device; refuse other rows or classes than its own."""
+    """Put the teachers of a batch on a student's device; refuse what the divergence cannot be computed from."""
     if isinstance(soft_targets, SoftTargets):
-        source: SoftTargets | Tensor = soft_targets.to(student_logits.device, non_blocking=True)
-        found = (len(soft_targets), soft_targets.num_classes)
+        check_is_comparable(soft_targets, divergence, mean=mean, weights=weights, teachers=teachers)
+        source: SoftTargets | Tensor = soft_targets.to(device, non_blocking=True)
     else:
-        source = _members(soft_targets, weights, teachers).to(student_logits.device, non_blocking=True)
-        found = (source.shape[0], source.shape[-1])
-    if found != tuple(student_logits.shape):
-        raise ShapeError(
-            f"The student gives {student_logits.shape[0]} rows of {student_logits.shape[1]} classes, the soft targets "
-            f"are {found[0]} rows of {found[1]} classes. "
-            "A student needs one row a cached row, and the teachers' classes."
-        )
+        source = _without_names(soft_targets, weights, teachers).detach().to(device, non_blocking=True)
     return Ensemble(source, mean, weights, teachers)
 
 
-def _members(logits: Tensor, weights: Weights | None, teachers: Sequence[str] | None) -> Tensor:
+def check_is_comparable(
+    soft_targets: SoftTargets,
+    divergence: Divergence,
+    *,
+    mean: Mean,
+    weights: Weights | None = None,
+    teachers: Sequence[str] | None = None,
+) -> None:
+    """Refuse, with an `OptionError`, sampled soft targets for a divergence that needs the probability of every class.
+
+    Raises also what `SoftTargets.log_probabilities` does of a merged cache and of names.
+    """
+    soft_targets.check_selection(mean=mean, weights=weights, teachers=teachers)
+    if needs_every_class(divergence) and soft_targets.is_sampled(teachers):
+        raise OptionError(
+            f"divergence={divergence!r} needs the probability of every class, and these soft targets are sampled "
+            "(codec TopK, tail='samples'): most classes of a row have weight 0, which is right on average only. Use "
+            "'forward-kl' or 'cross-entropy', whose gradients stay unbiased, or build the cache with "
+            "TopK(tail='class-means') or Codes()."
+        )
+
+
+def _without_names(logits: Tensor, weights: Weights | None, teachers: Sequence[str] | None) -> Tensor:
     if teachers is not None or isinstance(weights, Mapping):
         raise OptionError(
             "Plain teacher logits have no names: `teachers` and weights by name need a SoftTargets. "
             "Select teachers by indexing, and give weights as a sequence."
         )
-    if logits.ndim not in {2, 3}:
-        raise ShapeError(
-            f"Teacher logits must have the axes [row, class] or [row, teacher, class], got shape {tuple(logits.shape)}."
-        )
-    return (logits if logits.ndim == 3 else logits[:, None]).detach()
+    return logits
+
+
+def rows_of(logits: Tensor, rows: slice | Tensor) -> Tensor:
+    """Give some rows: a slice of them, or by number, which copies them."""
+    return logits[rows] if isinstance(rows, slice) else logits.index_select(0, rows)

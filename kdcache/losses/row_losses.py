@@ -1,111 +1,202 @@
-"""The loss of every row and its gradient, in blocks of rows where a batch is large.
+"""The loss of every row and its gradient, computed together in blocks of rows.
 
-A batch whose logits are no more than `softened_elements` is taken whole, with plain autograd. For a larger one the
-soft targets are decoded block by block, and each row's loss and gradient are computed together, a few rows at a time:
-no array as large as the student's logits is made but their gradient, which a backward pass would make anyway.
+No array as large as the student's logits is made but their gradient, which a backward pass would make anyway: soft
+targets are decoded block by block. The gradient of forward KL, the cross-entropy and the hard term is written down by
+formula; that of the other divergences is found by autograd, within a block.
 """
 
 from __future__ import annotations
 
-__all__ = ["RowTerms", "row_losses"]
+__all__ = ["RowTerms", "is_followed", "row_losses"]
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
-from kdcache.losses.divergences import Divergence, forward_kl, logit_matching_loss, soft_cross_entropy
-from kdcache.losses.ensemble import Ensemble
-from kdcache.soft_targets import at_least_float32, softened_blocks, softened_elements
+from kdcache.losses.alignment import NO_LABEL, Alignment, Scales
+from kdcache.losses.by_formula import FormulaTerms, Labels, losses_by_formula
+from kdcache.losses.divergences import Divergence, divergence_between, logit_matching_loss
+from kdcache.losses.ensemble import Ensemble, ToSoften, rows_of
+from kdcache.soft_targets import at_least_float32, softened_blocks
+
+_BY_FORMULA = frozenset({"forward-kl", "cross-entropy"})
 
 
 @dataclass(frozen=True)
 class RowTerms:
-    """What a row's loss is made of: soft_weight * soft term + (1 - soft_weight) * hard term.
+    """What a row's loss is made of: a scaled soft term and a scaled hard term.
 
     Parameters
     ----------
     ensemble : Ensemble, optional
-        The teachers, on the student's device. Needed where `soft_weight` is above 0.
-    classes : Tensor [row], optional
-        int64 labels, on the student's device. Needed where `soft_weight` is below 1.
+        The teachers of the soft term, where there is one, on the student's device.
+    labels : Labels, optional
+        Those of the hard term, where there is one, on the student's device.
     temperature : float
         Of the soft term.
-    soft_weight : float
-        From 0 to 1.
     divergence : Divergence
         The soft term.
+    beta : float
+        Of the Jensen-Shannon divergence.
+    scales : Scales
+        What the terms are multiplied by, the soft one besides its temperature^2.
+    alignment : Alignment
+        Which rows of the student are computed: those of the labels, of the scales and of a cached ensemble.
     """
 
     ensemble: Ensemble | None
-    classes: Int64[Tensor, " row"] | None
+    labels: Labels | None
     temperature: float
-    soft_weight: float
     divergence: Divergence
+    beta: float
+    scales: Scales
+    alignment: Alignment
 
     def losses(self, student_logits: Float[Tensor, "row class"]) -> Float[Tensor, " row"]:
         """Give the rows' losses, all at once, in operations that autograd and compilers follow."""
-        compared = None if self.ensemble is None else self.ensemble.compared(self.divergence, self.temperature)
-        return self._of(student_logits, compared, self.classes)
+        selected, left_out = self.alignment.selected, self.alignment.left_out
+        student, ensemble = student_logits, self.ensemble
+        if selected is not None:
+            student = student.index_select(0, selected)
+            ensemble = None if ensemble is None else ensemble.of_rows(selected)
+        compared = None if ensemble is None else ensemble.compared(self.divergence, self.temperature)
+        if left_out is not None:
+            student = student.masked_fill(left_out[:, None], 0)
+            compared = None if compared is None else compared.masked_fill(left_out[:, None], 0)
+        losses = self._of(student, compared)
+        if selected is None:
+            return losses
+        return losses.new_zeros(len(student_logits)).index_copy(0, selected, losses)
 
     def losses_in_row_blocks(
         self, student_logits: Float[Tensor, "row class"], gradient: Float[Tensor, "row class"] | None = None
     ) -> Float[Tensor, " row"]:
-        """Give the rows' losses block by block; each row's gradient is written into `gradient` where there is one."""
+        """Give the rows' losses block by block, and write the gradient of their sum into `gradient` where there is one.
+
+        Rows that are not selected have the loss 0, and their gradient is left as it is.
+        """
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-        losses = student_logits.new_empty(len(student_logits), dtype=dtype)
-        for block, compared in self._blocks(student_logits):
+        losses = student_logits.new_zeros(len(student_logits), dtype=dtype)
+        for rows, part, compared in self._parts(student_logits):
+            if rows == slice(0, len(student_logits)) and part.alignment.selected is None:  # slices cost a small batch
+                return part.part_losses(student_logits, compared, gradient)
+            chosen = rows if part.alignment.selected is None else part.alignment.selected
+            student = rows_of(student_logits, chosen)
+            slope = None
+            if gradient is not None:
+                slope = gradient[rows] if isinstance(chosen, slice) else torch.empty_like(student)
+            losses[chosen] = part.part_losses(student, compared, slope)
+            if gradient is not None and slope is not None and isinstance(chosen, Tensor):
+                gradient.index_copy_(0, chosen, slope)
+        return losses
+
+    def part_losses(
+        self,
+        student_logits: Float[Tensor, "row class"],
+        compared: Float[Tensor, "row class"] | ToSoften | None,
+        gradient: Float[Tensor, "row class"] | None,
+    ) -> Float[Tensor, " row"]:
+        """Give the losses of the few rows that these terms are of, all of them computed, as `losses_in_row_blocks`."""
+        if compared is None or isinstance(compared, ToSoften):
+            losses = self._by_formula(student_logits, compared, gradient)
+        elif gradient is None:
+            losses = self._of(student_logits, compared)
+        else:
+            losses = self._by_autograd(student_logits, compared, gradient)
+        left_out = self.alignment.left_out
+        if left_out is not None:
+            losses = losses.masked_fill(left_out, 0)
+            if gradient is not None:
+                gradient.masked_fill_(left_out[:, None], 0)
+        return losses
+
+    def _parts(self, student_logits: Tensor) -> Iterator[tuple[slice, RowTerms, Tensor | ToSoften | None]]:
+        """Cut into a few rows at a time, with what the student is compared with; soft targets are decoded once."""
+        selected = self.alignment.selected
+        num_rows = len(student_logits) if selected is None else len(selected)
+        blocks: Iterator[tuple[slice, Ensemble | None]] = iter([(slice(0, num_rows), None)])
+        if self.ensemble is not None:
+            blocks = self.ensemble.row_blocks(selected)
+        for block, ensemble in blocks:
+            compared = None if ensemble is None else self._beside(ensemble)
             for part in softened_blocks(block.stop - block.start, student_logits.shape[1], student_logits.device):
                 rows = slice(block.start + part.start, block.start + part.stop)
-                beside = None if compared is None else compared[part]
-                classes = None if self.classes is None else self.classes[rows]
-                if gradient is None:
-                    losses[rows] = self._of(student_logits[rows].detach(), beside, classes)
+                terms = self if rows == slice(0, num_rows) else self._of_rows(rows)
+                if compared is None or part == slice(0, block.stop - block.start):
+                    yield rows, terms, compared
                 else:
-                    losses[rows], gradient[rows] = self._with_gradient(student_logits[rows], beside, classes)
-        return losses
+                    yield rows, terms, compared[part]
 
-    def _blocks(self, student_logits: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
-        if self.ensemble is None:
-            yield slice(0, len(student_logits)), None
-            return
-        for rows, block in self.ensemble.row_blocks():
-            yield rows, block.compared(self.divergence, self.temperature)
+    def _beside(self, ensemble: Ensemble) -> Tensor | ToSoften:
+        if self.divergence in _BY_FORMULA:
+            return ensemble.to_soften(self.temperature)
+        return ensemble.compared(self.divergence, self.temperature)
 
-    def _with_gradient(
-        self, student_logits: Tensor, compared: Tensor | None, classes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _of_rows(self, rows: slice) -> RowTerms:
+        selected, left_out = self.alignment.selected, self.alignment.left_out
+        return replace(
+            self,
+            labels=None if self.labels is None else self.labels[rows],
+            scales=Scales(*(scale[rows] if isinstance(scale, Tensor) else scale for scale in self.scales)),
+            alignment=replace(
+                self.alignment,
+                selected=None if selected is None else selected[rows],
+                left_out=None if left_out is None else left_out[rows],
+            ),
+        )
+
+    def _by_formula(self, student_logits: Tensor, compared: ToSoften | None, gradient: Tensor | None) -> Tensor:
+        raised = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+        teachers = None if compared is None else compared.softened(raised)
+        terms = FormulaTerms(
+            self.temperature, self.divergence == "forward-kl", self.scales.soft, self.scales.hard, self.labels
+        )
+        return losses_by_formula(student_logits, teachers, terms, gradient)
+
+    def _by_autograd(self, student_logits: Tensor, compared: Tensor, gradient: Tensor) -> Tensor:
         with torch.enable_grad():
             student = student_logits.detach().requires_grad_()
-            losses = self._of(student, compared, classes)
-            (gradient,) = torch.autograd.grad(losses.sum(), student)
-        return losses.detach(), gradient
+            losses = self._of(student, compared)
+            (slope,) = torch.autograd.grad(losses.sum(), student)
+        gradient.copy_(slope)
+        return losses.detach()
 
-    def _of(self, student_logits: Tensor, compared: Tensor | None, classes: Tensor | None) -> Tensor:
+    def _of(self, student_logits: Tensor, compared: Tensor | None) -> Tensor:
         student = at_least_float32(student_logits)
-        losses = student.new_zeros(student.shape[0])
+        losses = student.new_zeros(student.shape[0], 1)
         if compared is not None:
-            losses = losses + self.soft_weight * self._soft_term(student, compared)
-        if classes is not None:
-            losses = losses + (1 - self.soft_weight) * functional.cross_entropy(student, classes, reduction="none")
-        return losses
+            losses = losses + self.scales.soft * self._soft_term(student, compared)[:, None]
+        if self.labels is not None:
+            hard = functional.cross_entropy(student, self.labels.classes, reduction="none", ignore_index=NO_LABEL)
+            losses = losses + self.scales.hard * hard[:, None]
+        return losses[:, 0]
 
     def _soft_term(self, student: Tensor, compared: Tensor) -> Tensor:
         if self.divergence == "logit-matching":
             return logit_matching_loss(student, compared, reduction="none")
-        divergence = forward_kl if self.divergence == "forward-kl" else soft_cross_entropy
         log_student = torch.log_softmax(student / self.temperature, dim=-1)
-        return self.temperature**2 * divergence(log_student, compared.to(student.dtype))
+        log_soft_targets = compared.to(student.dtype)
+        return self.temperature**2 * divergence_between(self.divergence, log_student, log_soft_targets, beta=self.beta)
+
+
+def is_followed() -> bool:
+    """Tell whether a compiler, `torch.func` or forward-mode differentiation follows every operation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # noqa: SLF001 - torch has no public name for it
+        or forward_ad._current_level >= 0  # noqa: SLF001 - nor for this
+    )
 
 
 def row_losses(student_logits: Float[Tensor, "row class"], terms: RowTerms) -> Float[Tensor, " row"]:
-    """Give the rows' losses: in blocks of rows where the batch is large, unless a compiler or `torch.func` follows."""
-    is_followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # noqa: SLF001
-    if is_followed or student_logits.numel() <= softened_elements(student_logits.device):
+    """Give the rows' losses, in blocks of rows unless every operation is followed."""
+    if is_followed():
         return terms.losses(student_logits)
     losses: Tensor = _InRowBlocks.apply(student_logits, terms, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return losses
@@ -118,7 +209,7 @@ class _InRowBlocks(torch.autograd.Function):
     def forward(ctx: Any, student_logits: Tensor, terms: RowTerms, is_grad_enabled: bool) -> Tensor:  # noqa: FBT001
         ctx.save_for_backward(student_logits)
         ctx.terms = terms
-        ctx.gradient = torch.empty_like(student_logits) if is_grad_enabled and ctx.needs_input_grad[0] else None
+        ctx.gradient = _room_for(student_logits, terms) if is_grad_enabled and ctx.needs_input_grad[0] else None
         return terms.losses_in_row_blocks(student_logits, ctx.gradient)
 
     @staticmethod
@@ -130,6 +221,18 @@ class _InRowBlocks(torch.autograd.Function):
             return gradient, None, None
         gradient, ctx.gradient = ctx.gradient, None  # handed out and overwritten: a second pass computes its own
         if gradient is None:
-            gradient = torch.empty_like(student_logits)
+            gradient = _room_for(student_logits, terms)
             terms.losses_in_row_blocks(student_logits, gradient)
-        return gradient.mul_(slopes[0][:, None]), None, None
+        return gradient if _are_ones(slopes[0]) else gradient.mul_(slopes[0][:, None]), None, None
+
+
+def _room_for(student_logits: Tensor, terms: RowTerms) -> Tensor:
+    """Make room for a gradient, 0 in rows that nothing will be written to."""
+    make = torch.empty if terms.alignment.selected is None else torch.zeros
+    return make(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+
+
+def _are_ones(slopes: Tensor) -> bool:
+    """Tell whether all slopes are 1, as after a sum; looks where that is quick, and not at an accelerator's."""
+    is_one_number = slopes.device.type == "cpu" and slopes.stride() == (0,) and len(slopes) > 0
+    return is_one_number and float(slopes[0]) == 1

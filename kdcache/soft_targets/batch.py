@@ -22,6 +22,7 @@ from kdcache.soft_targets.means import (
     log_mean_probabilities,
     log_mean_weights,
     mean_logits,
+    normalised_weights,
     softened_blocks,
     softened_elements,
 )
@@ -358,6 +359,40 @@ class SoftTargets:
                 "'forward-kl' at a high temperature, or build the cache with TopK(tail='class-means') or Codes()."
             )
         return self._reduced(indices, divisor, lambda members: mean_logits(members, weights=ordered))
+
+    def members(
+        self,
+        temperature: float | Tensor = 1.0,
+        *,
+        weights: Weights | None = None,
+        teachers: Sequence[str] | None = None,
+    ) -> tuple[Float[Tensor, "row teacher class"], list[float]]:
+        """Decode the logits of selected teachers, as `logits` does, and give their weights, which sum to 1.
+
+        For a consumer that takes a mean of its own, a few rows at a time. All rows are decoded at once.
+
+        Raises
+        ------
+        MergedCacheError, OptionError, ShapeError, TemperatureError, UnknownTeacherError
+            As for `log_probabilities`.
+        """
+        indices, ordered = self._selection("arithmetic", weights, teachers)
+        return self._decoded(indices, checked_temperature(temperature)), normalised_weights(ordered, len(indices))
+
+    def is_sampled(self, teachers: Sequence[str] | None = None) -> bool:
+        """Tell whether one of these teachers, of all where absent, gives log-weights in place of logits."""
+        indices, _ = self._selection("geometric", None, teachers)
+        return any(self.decoders[index].codec.is_normalised for index in indices)
+
+    def check_selection(self, *, mean: Mean, weights: Weights | None, teachers: Sequence[str] | None) -> None:
+        """Refuse a mean, weights or teachers that this batch does not have.
+
+        Raises
+        ------
+        MergedCacheError, OptionError, UnknownTeacherError
+            As for `log_probabilities`.
+        """
+        self._selection(mean, weights, teachers)
 
     def _reduced(
         self, indices: tuple[int, ...], temperature: float, reduce: Callable[[Tensor], Tensor]

@@ -11,6 +11,7 @@ __all__ = [
     "log_mean_probabilities",
     "log_mean_weights",
     "mean_logits",
+    "normalised_weights",
     "soften",
     "softened_blocks",
     "softened_elements",
@@ -93,9 +94,9 @@ def mean_logits(
     """
     logits = _checked_members(logits)
     if logits.shape[1] == 1:
-        _normalised_weights(weights, logits)
+        normalised_weights(weights, logits.shape[1])
         return logits[:, 0]
-    normalised = _normalised_weights(weights, logits)
+    normalised = normalised_weights(weights, logits.shape[1])
     used = [index for index, weight in enumerate(normalised) if weight > 0]
     if len(used) < len(normalised):  # 0 times -inf is NaN
         logits, normalised = logits[:, used], [normalised[index] for index in used]
@@ -150,7 +151,7 @@ def log_mean_probabilities(
     if mean == "geometric" or logits.shape[1:2] == (1,):
         return torch.log_softmax(mean_logits(logits, weights=weights) / divisor, dim=-1)
     members = _checked_members(logits)
-    log_weights = _weight_tensor(_normalised_weights(weights, members), members).log()[:, None]
+    log_weights = _weight_tensor(normalised_weights(weights, members.shape[1]), members).log()[:, None]
     if mean == "arithmetic":
         return torch.logsumexp(torch.log_softmax(members / divisor, dim=-1) + log_weights, dim=1)
     mixture = torch.logsumexp(torch.log_softmax(members, dim=-1) + log_weights, dim=1)
@@ -175,13 +176,34 @@ def log_mean_weights(
     weights : sequence of float or Tensor [teacher], optional
         As in `log_mean_probabilities`, with its errors.
     """
-    teacher_weights = _normalised_weights(weights, log_weights)
+    teacher_weights = normalised_weights(weights, log_weights.shape[1])
     if len(is_normalised) == 1:
         return log_weights[:, 0]
     for place, is_done in enumerate(is_normalised):
         if not is_done:
             log_weights[:, place] = torch.log_softmax(log_weights[:, place], dim=-1)
     return torch.logsumexp(log_weights + _weight_tensor(teacher_weights, log_weights).log()[:, None], dim=1)
+
+
+def normalised_weights(weights: Sequence[float] | Tensor | None, num_teachers: int) -> list[float]:
+    """Divide the weights of teachers by their sum; equal ones where absent.
+
+    Raises
+    ------
+    OptionError
+        A weight is negative or not finite, or all are 0.
+    ShapeError
+        There is another number of weights than teachers.
+    """
+    if weights is None:
+        return [1 / num_teachers] * num_teachers
+    listed = weights.double().tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
+    if not isinstance(listed, list) or len(listed) != num_teachers:
+        raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
+    total = math.fsum(listed)
+    if min(listed) < 0 or not (math.isfinite(total) and total > 0):
+        raise OptionError(f"Weights must be finite, at least 0 and not all 0; got {weights!r}.")
+    return [weight / total for weight in listed]
 
 
 def softened_elements(device: torch.device) -> int:
@@ -209,19 +231,6 @@ def _checked_members(logits: Tensor) -> Tensor:
     if logits.ndim != 3:
         raise ShapeError(f"Logits must have the axes [row, teacher, class], got shape {tuple(logits.shape)}.")
     return at_least_float32(logits)
-
-
-def _normalised_weights(weights: Sequence[float] | Tensor | None, logits: Tensor) -> list[float]:
-    num_teachers = logits.shape[1]
-    if weights is None:
-        return [1 / num_teachers] * num_teachers
-    listed = weights.double().tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
-    if not isinstance(listed, list) or len(listed) != num_teachers:
-        raise ShapeError(f"{num_teachers} teachers need as many weights, got {weights!r}.")
-    total = math.fsum(listed)
-    if min(listed) < 0 or not (math.isfinite(total) and total > 0):
-        raise OptionError(f"Weights must be finite, at least 0 and not all 0; got {weights!r}.")
-    return [weight / total for weight in listed]
 
 
 def _weight_tensor(weights: list[float], logits: Tensor) -> Tensor:

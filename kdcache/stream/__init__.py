@@ -1,7 +1,7 @@
 """Streaming: soft targets and inputs into the training of students.
 
-An *order* is a permutation of the examples, a pure function of (seed, epoch). A *loader* gives batches in that order,
-joined by example_id, never by position.
+An *order* is a permutation of the examples, a pure function of (seed, epoch). *Global batches* are cut from it; each
+rank takes its part of every one. A *loader* gives them, joined by example_id, never by position.
 """
 
 from __future__ import annotations

@@ -7,33 +7,40 @@ __all__ = ["SoftTargetLoader"]
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.cache import SoftTargetCache
-from kdcache.errors import InputMismatchError, ShapeError, TransferSetError, UnknownExampleError
+from kdcache.errors import OptionError, TransferSetError
 from kdcache.soft_targets import SoftTargets
-from kdcache.stream.order import epoch_order
+from kdcache.stream.batches import GlobalBatches, Topology
+from kdcache.stream.joined import JoinedExamples
+from kdcache.stream.order import Order, SequentialOrder, ShuffledOrder, WindowedOrder
+from kdcache.stream.rows import open_rows
+from kdcache.stream.transfer import DeviceTransfer
 from kdcache.transfer_set import TransferSet
 
 RESIDENT_BYTES = 2**31
-"""Coded rows up to this size are held in memory."""
-LOOK_AHEAD = 2
-"""Batches made ahead of use."""
+"""Coded rows up to this size are held in memory, and shuffled as a whole."""
 
 Batch = tuple[Any, Tensor | None, SoftTargets]
+Shuffle = bool | Literal["windowed"]
+
+_ORDER_POSITIONS = 2**14
+"""Positions whose examples are found at a time: one by one, calls would cost more than what they do."""
 
 
 class SoftTargetLoader:
     """Streams (inputs, labels, soft targets) batches in a deterministic global shuffle.
 
-    Each epoch's order is a pure function of (seed, epoch). Inputs and soft targets are joined by example_id. All
-    labels, the whole first batch of every epoch and one example of every further batch are held against what the cache
-    keeps of the inputs that the teachers saw, so that training on changed or reordered inputs is an error.
+    Each epoch's order is a pure function of (seed, epoch), and of nothing else: the sequence of global batches is the
+    same for every world size. Inputs and soft targets are joined by example_id. All labels, the
+    whole first batch of every epoch and one example of every further batch are held against what the cache keeps of
+    the inputs that the teachers saw, so that training on changed or reordered inputs is an error.
 
     Parameters
     ----------
@@ -41,10 +48,13 @@ class SoftTargetLoader:
     inputs : TransferSet or map-style dataset
         The students' inputs. A plain dataset's ids are its positions; wrap it in a TransferSet to name them.
     batch_size : int
+        Examples of a step, of all ranks together.
     seed : int
         Of the shuffle.
-    shuffle : bool
-        Else in the transfer set's order.
+    shuffle : bool or "windowed"
+        True draws a permutation of all examples; "windowed" one of shards and, within windows of a few shards, of
+        their examples, so that the cache is read shard by shard. False keeps the transfer set's order. By default a
+        cache is shuffled whole where its coded rows take no more than `max_resident_bytes`, else windowed.
     example_ids : sequence of int or str, optional
         Train on these examples alone; all of `inputs` where absent.
     drop_last : bool
@@ -53,17 +63,30 @@ class SoftTargetLoader:
         The view of inputs and soft targets.
     teachers : sequence of str, optional
         Read only these teachers.
+    rank, world_size : int, optional
+        This process among those that train together. Those of torch.distributed where it is initialised when an
+        iteration begins; else one process alone. Every rank gets a contiguous part of each global batch, and equally
+        many batches.
+    prefetch_batches : int
+        Batches made ahead of use.
+    device : str, optional
+        Where batches are copied, ahead of use: inputs, labels and soft targets, which stay coded.
     max_resident_bytes : int
         A cache whose coded rows take no more is held in memory; a larger one is read chunk by chunk.
+    window_shards : int, optional
+        Shards of a window of a windowed shuffle. By default as many as a quarter of `max_resident_bytes` holds.
 
     Raises
     ------
     UnknownExampleError
         An example of `inputs` is not in the cache.
     ShapeError
-        An example has another number of rows than in the cache.
+        An example has another number of rows than in the cache; a batch has fewer examples than there are ranks.
     InputMismatchError
-        The inputs have other views than the cache; while iterating: an input is not the one that the teachers saw.
+        The inputs have other views or labels than the cache; while iterating: an input is not the one that the teachers
+        saw.
+    OptionError
+        An option has a value out of its range.
 
     Examples
     --------
@@ -82,42 +105,55 @@ class SoftTargetLoader:
         *,
         batch_size: int,
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: Shuffle | None = None,
         example_ids: Sequence[int] | Sequence[str] | np.ndarray | None = None,
         drop_last: bool = False,
         view_index: int = 0,
         teachers: Sequence[str] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        prefetch_batches: int = 2,
+        device: str | None = None,
         max_resident_bytes: int = RESIDENT_BYTES,
+        window_shards: int | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ShapeError(f"batch_size is {batch_size}; at least 1 is needed")
+        if prefetch_batches < 1:
+            raise OptionError(f"prefetch_batches is {prefetch_batches}; at least 1 is needed")
         self.cache = cache
         self.inputs = inputs if isinstance(inputs, TransferSet) else TransferSet(inputs)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.view_index = view_index
-        self._teachers = teachers
-        self._indices = (
-            np.arange(len(self.inputs)) if example_ids is None else self.inputs.indices_of(np.asarray(example_ids))
-        )
-        if len(self._indices) == 0:
-            raise TransferSetError("there are no examples to train on: example_ids is empty")
-        self._check_views()
-        self._first_row, self._num_rows = self._join()
-        self._has_single_rows = bool((self._num_rows[self._indices] == 1).all())
-        self._check_labels()
+        self._joined = JoinedExamples(cache, self.inputs, example_ids=example_ids, view_index=view_index)
+        self._epochs = _Epochs.of(
+            self._joined, seed=seed, shuffle=shuffle, teachers=teachers,
+            max_resident_bytes=max_resident_bytes, window_shards=window_shards,
+        )  # fmt: skip
+        self._batches = GlobalBatches(self._epochs.num_examples, batch_size, drop_last)
+        self._topology = (rank, world_size)
+        self._batches.check_parts(Topology.current(rank, world_size))
+        self._prefetch_batches = prefetch_batches
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
+        self._transfer = DeviceTransfer(device)
+        self._rows = open_rows(cache, teachers=teachers, max_resident_bytes=max_resident_bytes)
         self._epoch, self._start = 0, 0  # what the next iteration gives
         self._position = (0, 0)  # behind the batch given last
-        if cache.coded_bytes(teachers=teachers) <= max_resident_bytes and cache.complete is not None:
-            cache.hold_in_memory(teachers=teachers)
 
     def __len__(self) -> int:
-        """Count the batches of an epoch."""
-        full, rest = divmod(len(self._indices), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        """Count the batches of an epoch, on every rank."""
+        return len(self._batches)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a step, of all ranks together."""
+        return self._batches.batch_size
+
+    @property
+    def seed(self) -> int:
+        """Seed of the shuffle."""
+        return self._epochs.seed
+
+    @property
+    def tier(self) -> str:
+        """Where coded rows are read from: "memory" or "shards"."""
+        return self._rows.tier
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, from its first batch."""
@@ -125,17 +161,12 @@ class SoftTargetLoader:
         self._position = (epoch, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position behind the batch given last, and what it is a position in."""
-        epoch, next_batch = self._position
-        return {**self._order(), "epoch": epoch, "next_batch": next_batch}
+        """Give the position behind the batch given last, and what it is a position in.
 
-    def _order(self) -> dict[str, int]:
-        return {
-            "seed": self.seed,
-            "shuffle": int(self.shuffle),
-            "batch_size": self.batch_size,
-            "num_examples": len(self._indices),
-        }
+        The same on every rank, and good for any number of ranks.
+        """
+        epoch, next_batch = self._position
+        return {**self._order_state(), "epoch": epoch, "next_batch": next_batch}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state_dict` was taken; the next iteration gives the rest of that epoch.
@@ -143,16 +174,26 @@ class SoftTargetLoader:
         Raises
         ------
         TransferSetError
-            The state is of a loader that gives other batches: seed, batch size or number of examples differ.
+            The state is of a loader that gives other batches: seed, shuffle, batch size or number of examples differ.
         """
-        other = {key: state.get(key) for key, ours in self._order().items() if state.get(key) != ours}
+        ours = self._order_state()
+        other = {key: state.get(key) for key, value in ours.items() if state.get(key) != value}
         if other:
             raise TransferSetError(
-                f"the state is of a loader with {other}, this one has {self._order()}: examples would be lost or "
-                "repeated. Make the loader with the same arguments"
+                f"the state is of a loader with {other}, this one has {ours}: examples would be lost or repeated. Make "
+                "the loader with the same arguments"
             )
         self._epoch, self._start = state["epoch"], state["next_batch"]
         self._position = (self._epoch, self._start)
+
+    def _order_state(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "shuffle": int(self._epochs.is_shuffled),
+            "window_shards": self._epochs.window_shards or 0,
+            "batch_size": self.batch_size,
+            "num_examples": self._batches.num_examples,
+        }
 
     def __iter__(self) -> Iterator[Batch]:
         """Give a whole epoch, or after `load_state_dict` the rest of one; the next iteration gives the next epoch.
@@ -160,119 +201,124 @@ class SoftTargetLoader:
         An iteration that is left before its end does not count: the next one gives the same epoch from its start.
         """
         epoch, start, self._start = self._epoch, self._start, 0
-        remaining = self._batches(epoch)[start:]
-        if remaining:
-            self._check_inputs(remaining[0])
-        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
-            waiting: deque[Future[Batch]] = deque()
-            try:
-                for next_batch, indices in enumerate(remaining, start=start + 1 - LOOK_AHEAD):
-                    waiting.append(pool.submit(self._make, indices))
-                    if len(waiting) > LOOK_AHEAD:
-                        yield self._taken(waiting, (epoch, next_batch))
-                while waiting:
-                    yield self._taken(waiting, (epoch, start + len(remaining) + 1 - len(waiting)))
-            finally:
-                for future in waiting:
-                    future.cancel()
+        topology = Topology.current(*self._topology)
+        self._batches.check_parts(topology)
+        for number, batch in enumerate(self._made_ahead(epoch, start, topology), start=start + 1):
+            self._position = (epoch, number)
+            yield batch
         self._epoch = epoch + 1
         self._position = (self._epoch, 0)
 
-    def _taken(self, waiting: deque[Future[Batch]], position: tuple[int, int]) -> Batch:
-        batch = waiting.popleft().result()
-        self._position = position
-        return batch
+    def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
+        """Make batches on one thread, a few ahead of use."""
+        waiting: deque[Future[tuple[Batch, Any]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
+            try:
+                for step in self._steps(epoch, start, topology):
+                    waiting.append(pool.submit(self._make, step))
+                    if len(waiting) > self._prefetch_batches:
+                        yield self._transfer.received(*waiting.popleft().result())
+                while waiting:
+                    yield self._transfer.received(*waiting.popleft().result())
+            finally:
+                for future in waiting:
+                    future.cancel()
 
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        count = len(self._indices)
-        order = epoch_order(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
-        return [
-            self._indices[order[start : start + self.batch_size]]
-            for start in range(0, len(self) * self.batch_size, self.batch_size)
-        ]
+    def _steps(self, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
+        """Give what each step needs, from a batch on: this rank's examples, and the shards that are read meanwhile."""
+        order = self._epochs.order(epoch)
+        at_a_time = max(1, _ORDER_POSITIONS * topology.world_size // self.batch_size)
+        for first in range(start, len(self), at_a_time):
+            parts = [
+                topology.part(*self._batches.positions(index))
+                for index in range(first, min(first + at_a_time, len(self)))
+            ]
+            positions = np.concatenate([np.arange(*part) for part in parts])
+            indices = np.split(self._epochs.indices_at(order, positions), np.cumsum([b - a for a, b in parts])[:-1])
+            for number, (examples, part) in enumerate(zip(indices, parts, strict=True), start=first):
+                checked = examples if number == start else examples[[int(examples[0]) % len(examples)]]
+                yield _Step(examples, checked, self._epochs.shards_from(order, part))
 
-    def _make(self, indices: np.ndarray) -> Batch:
-        self._check_inputs(indices[[int(indices[0]) % len(indices)]])
-        inputs = self.inputs.read_inputs(indices, view_index=self.view_index)
-        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
-        return inputs, labels, self._soft_targets(indices)
-
-    def _soft_targets(self, indices: np.ndarray) -> SoftTargets:
-        first_row, num_rows = self._first_row[indices], self._num_rows[indices]
-        if self._has_single_rows:
-            return self.cache.read_rows(first_row, teachers=self._teachers)
-        rows = np.concatenate(
-            [np.arange(first, first + count) for first, count in zip(first_row, num_rows, strict=True)]
-        )
-        read = self.cache.read_rows(rows, teachers=self._teachers)
-        return replace(read, num_rows=torch.from_numpy(num_rows))
-
-    def _join(self) -> tuple[np.ndarray, np.ndarray]:
-        """Find every example's rows by its id, once: first row int64 [example] and number of rows int32 [example]."""
-        first_row = np.full(len(self.inputs), -1, np.int64)
-        num_rows = np.zeros(len(self.inputs), np.int32)
-        ids = self.inputs.example_ids[self._indices]
-        try:
-            first_row[self._indices], num_rows[self._indices] = self.cache.locate(ids, view_index=self.view_index)
-        except UnknownExampleError as error:
-            raise UnknownExampleError(
-                f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
-                f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache "
-                f"{self.cache.num_examples}. {error}"
-            ) from error
-        differ = self._indices[num_rows[self._indices] != self.inputs.num_rows[self._indices]]
-        if len(differ):
-            index = int(differ[0])
-            raise ShapeError(
-                f"example {self.inputs.example_id(index)!r} has {self.inputs.num_rows[index]} row(s) by the inputs and "
-                f"{num_rows[index]} in cache {self.cache.address}; give TransferSet(num_rows=...) as when it was built"
-            )
-        return first_row, num_rows
-
-    def _check_views(self) -> None:
-        kept = self.cache.document.view
-        views = self.inputs.views
-        ours = None if views is None else (views.name, views.seed)
-        theirs = None if kept is None else (kept.name, kept.seed)
-        if ours != theirs:
-            raise InputMismatchError(
-                f"the inputs have {_views_in_words(ours)}, the teachers of cache {self.cache.address} saw "
-                f"{_views_in_words(theirs)}: the soft targets would be those of other inputs. Give the TransferSet the "
-                "views that the cache was built with, or none where it was built without"
-            )
-
-    def _check_labels(self) -> None:
-        ours, theirs = self.inputs.labels, self.cache.labels
-        if ours is None or theirs is None:
-            return
-        examples = self._example_of_row(self._first_row[self._indices] % self.cache.document.padded_rows)
-        differ = self._indices[ours[self._indices] != theirs[examples]]
-        if len(differ):
-            index = int(differ[0])
-            raise InputMismatchError(
-                f"{len(differ)} label(s) differ from those cache {self.cache.address} was built with: example "
-                f"{self.inputs.example_id(index)!r} now has {ours[index]}. Give the transfer set the cache was built "
-                "from, or build a cache from this one"
-            )
-
-    def _check_inputs(self, indices: np.ndarray) -> None:
-        examples = self._example_of_row(self._first_row[indices] % self.cache.document.padded_rows)
-        digests = self.cache.input_digests_of(examples)
-        if digests is None:
-            return
-        for index, digest in zip(indices.tolist(), digests, strict=True):
-            if self.inputs.digest_of(index) != digest.tobytes():
-                raise InputMismatchError(
-                    f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
-                    f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "
-                    "be wrong. Give the dataset the cache was built from, before any augmentation, under the same ids"
-                )
-
-    def _example_of_row(self, first_rows: np.ndarray) -> np.ndarray:
-        if self.cache.document.num_rows == self.cache.document.num_examples:
-            return first_rows
-        return np.searchsorted(self.cache.first_rows, first_rows)
+    def _make(self, step: _Step) -> tuple[Batch, Any]:
+        self._joined.check_digests(step.checked)
+        inputs = self.inputs.read_inputs(step.indices, view_index=self._joined.view_index)
+        labels = None if self._labels is None else self._labels[torch.from_numpy(step.indices)]
+        if step.shards is not None:
+            self._rows.expect(step.shards)
+        rows, num_rows = self._joined.rows_of(step.indices)
+        soft_targets = self._rows.read(rows)
+        if not self._joined.has_single_rows:
+            soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
+        return self._transfer.send((inputs, labels, soft_targets))
 
 
-def _views_in_words(views: tuple[str, int] | None) -> str:
-    return "no views" if views is None else f"views {views[0]!r} with seed {views[1]}"
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What a step needs: its examples, those whose inputs are held against their digests, and what is read from now on.
+
+    Indices are positions in the inputs, shards those of this window and of the next; None where any may be read.
+    """
+
+    indices: np.ndarray
+    checked: np.ndarray
+    shards: Sequence[int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Epochs:
+    """The order of every epoch, over the chosen examples."""
+
+    joined: JoinedExamples
+    seed: int
+    is_shuffled: bool
+    window_shards: int | None
+    examples: np.ndarray
+    first_examples: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls,
+        joined: JoinedExamples,
+        *,
+        seed: int,
+        shuffle: Shuffle | None,
+        teachers: Sequence[str] | None,
+        max_resident_bytes: int,
+        window_shards: int | None,
+    ) -> _Epochs:
+        if shuffle not in {None, True, False, "windowed"}:
+            raise OptionError(f"shuffle is {shuffle!r}; give True, False or 'windowed'")
+        num_bytes = joined.cache.coded_bytes(teachers=teachers)
+        is_windowed = shuffle == "windowed" or (shuffle is None and num_bytes > max_resident_bytes)
+        if window_shards is not None and (window_shards < 1 or not is_windowed):
+            raise OptionError(f"window_shards is {window_shards}; it is at least 1, and needs shuffle='windowed'")
+        if not is_windowed:
+            return cls(joined, seed, shuffle is not False, None, joined.indices, None)
+        shard_bytes = max(1, num_bytes // joined.cache.document.num_shards)
+        stored = joined.in_storage_order()
+        shards = window_shards or max(1, max_resident_bytes // 4 // shard_bytes)
+        return cls(joined, seed, True, shards, stored, joined.first_of_shards(stored))
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    def order(self, epoch: int) -> Order:
+        if not self.is_shuffled:
+            return SequentialOrder(self.num_examples)
+        if self.window_shards is None or self.first_examples is None:
+            return ShuffledOrder(self.num_examples, self.seed, epoch)
+        return WindowedOrder(self.first_examples, self.window_shards, self.seed, epoch)
+
+    def indices_at(self, order: Order, positions: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self.examples[order.at(positions)]
+        return found
+
+    def shards_from(self, order: Order, part: tuple[int, int]) -> Sequence[int] | None:
+        """Give the shards of a step's window and of the next, over all views; None where any may be read."""
+        if not isinstance(order, WindowedOrder):
+            return None
+        first, last = order.window_of(np.array([part[0], part[1] - 1])).tolist()
+        document = self.joined.cache.document
+        base = self.joined.view_index * document.padded_rows // document.shard_rows
+        return [base + int(shard) for window in range(first, last + 2) for shard in order.shards_of(window)]

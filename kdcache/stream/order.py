@@ -1,16 +1,206 @@
-"""Order: in which order an epoch visits its examples."""
+"""Order: in which order an epoch visits its examples, as a pure function of seed, epoch and position.
+
+An *order* maps positions of an epoch to examples. `ShuffledOrder` is a random permutation of all of them;
+`WindowedOrder` shuffles shards and, within *windows* of a few shards, their examples, so that a cache that does not fit
+in memory is read shard by shard. Both say which examples stand at any positions without going through those before,
+in memory that does not grow with the number of examples. Neither knows of batches, ranks or workers.
+"""
 
 from __future__ import annotations
 
-__all__ = ["epoch_order"]
+__all__ = ["Order", "SequentialOrder", "ShuffledOrder", "WindowedOrder", "epoch_order"]
 
+import functools
 import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
+
+MATERIALISED_EXAMPLES = 2**16
+"""Permutations of no more examples are drawn whole, which takes half a mebibyte; larger ones are computed."""
+
+_NUM_ROUNDS = 8
+_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
+
+Positions = npt.NDArray[np.int64]
 
 
-def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Give the permutation of an epoch: a pure function of its arguments, the same on every machine.
+class Order(Protocol):
+    """Which example stands at which position of an epoch."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of an epoch."""
+        ...
+
+    def at(self, positions: Positions) -> Positions:
+        """Give the examples at some positions, int64 [position], each from 0 to `num_examples` - 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class SequentialOrder:
+    """Every example at its own place.
+
+    Parameters
+    ----------
+    num_examples : int
+    """
+
+    num_examples: int
+
+    def at(self, positions: Positions) -> Positions:
+        """Give the positions."""
+        return positions
+
+
+@dataclass(frozen=True)
+class ShuffledOrder:
+    """A random permutation of all examples, drawn from (seed, epoch), the same on every machine.
+
+    Up to 65,536 examples it is drawn whole, with Philox. Above, it is computed where it is asked for: an eight-round
+    Feistel network over the next power of two permutes it, and is applied again to what falls outside (cycle walking,
+    Black and Rogaway 2002); fewer than two applications on average.
+
+    Parameters
+    ----------
+    num_examples : int
+    seed, epoch : int
+        At least 0.
+    """
+
+    num_examples: int
+    seed: int
+    epoch: int
+    stream: str = "order"
+    """Tells permutations of one seed and epoch apart."""
+
+    def at(self, positions: Positions) -> Positions:
+        """Give the examples at some positions, int64 [position]."""
+        if self.num_examples <= MATERIALISED_EXAMPLES:
+            return self._whole[positions]
+        places = positions.astype(np.uint64)
+        places = self._permuted(places)
+        outside = np.flatnonzero(places >= self.num_examples)
+        while len(outside):
+            places[outside] = self._permuted(places[outside])
+            outside = outside[places[outside] >= self.num_examples]
+        return places.astype(np.int64)
+
+    @functools.cached_property
+    def _whole(self) -> Positions:
+        key = np.frombuffer(_digest(self._name, size=16), np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(self.num_examples)
+
+    @functools.cached_property
+    def _keys(self) -> list[np.uint64]:
+        return list(np.frombuffer(_digest(self._name, size=8 * _NUM_ROUNDS), np.uint64))
+
+    @property
+    def _name(self) -> str:
+        return f"{self.stream}|{self.seed}|{self.epoch}"
+
+    def _permuted(self, places: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Apply the network to numbers of as many bits as the largest example has."""
+        num_bits = (self.num_examples - 1).bit_length()
+        low_bits = np.uint64(num_bits // 2)
+        low_mask = np.uint64((1 << int(low_bits)) - 1)
+        high_mask = np.uint64((1 << (num_bits - int(low_bits))) - 1)
+        low, high = places & low_mask, places >> low_bits
+        for index, key in enumerate(self._keys):
+            if index % 2:
+                low ^= _mixed(high, key) & low_mask
+            else:
+                high ^= _mixed(low, key) & high_mask
+        return (high << low_bits) | low
+
+
+@dataclass(frozen=True)
+class WindowedOrder:
+    """Shards in random order, and within each window of some of them their examples in random order.
+
+    Examples are numbered as they lie in storage: those of shard s from `first_examples[s]` on. What is read while a
+    window lasts are its shards alone.
+
+    Parameters
+    ----------
+    first_examples : ndarray [shard + 1] of int64
+        First example of every shard, and behind the last one the number of all. Shards may be empty.
+    window_shards : int
+        Shards of a window; the last window may have fewer.
+    seed, epoch : int
+        At least 0.
+    """
+
+    first_examples: Positions
+    window_shards: int
+    seed: int
+    epoch: int
+    _permutations: dict[int, ShuffledOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of an epoch."""
+        return int(self.first_examples[-1])
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of an epoch."""
+        return -(-len(self.shards) // self.window_shards)
+
+    @functools.cached_property
+    def shards(self) -> Positions:
+        """Shards in the order in which they are visited, int64 [shard]; without empty ones."""
+        filled = np.flatnonzero(np.diff(self.first_examples))
+        shuffled = ShuffledOrder(len(filled), self.seed, self.epoch, "shards")
+        return filled[shuffled.at(np.arange(len(filled)))]
+
+    def window_of(self, positions: Positions) -> Positions:
+        """Give the window in which each position lies, int64 [position]; positions ascend through windows."""
+        return np.searchsorted(self._window_ends, positions, side="right")
+
+    def shards_of(self, window_index: int) -> Positions:
+        """Give the shards of a window, int64 [shard]."""
+        return self.shards[window_index * self.window_shards : (window_index + 1) * self.window_shards]
+
+    def at(self, positions: Positions) -> Positions:
+        """Give the examples at some positions, int64 [position]."""
+        windows = self.window_of(positions)
+        places = np.empty_like(positions)
+        for window in np.unique(windows):
+            chosen = windows == window
+            start, end = self._window_starts[window], self._window_ends[window]
+            places[chosen] = start + self._permutation(int(window), int(end - start)).at(positions[chosen] - start)
+        visited = np.searchsorted(self._shard_ends, places, side="right")
+        shards = self.shards[visited]
+        first_places = self._shard_ends[visited] - np.diff(self.first_examples)[shards]
+        return self.first_examples[shards] + places - first_places
+
+    def _permutation(self, window: int, num_examples: int) -> ShuffledOrder:
+        if window not in self._permutations:
+            if len(self._permutations) > 1:
+                self._permutations.clear()
+            self._permutations[window] = ShuffledOrder(num_examples, self.seed, self.epoch, f"window|{window}")
+        return self._permutations[window]
+
+    @functools.cached_property
+    def _shard_ends(self) -> Positions:
+        return np.cumsum(np.diff(self.first_examples)[self.shards])
+
+    @functools.cached_property
+    def _window_ends(self) -> Positions:
+        last = np.arange(1, self.num_windows + 1) * self.window_shards - 1
+        return self._shard_ends[np.minimum(last, len(self._shard_ends) - 1)]
+
+    @functools.cached_property
+    def _window_starts(self) -> Positions:
+        return np.concatenate([[0], self._window_ends[:-1]])
+
+
+def epoch_order(num_examples: int, *, seed: int, epoch: int) -> Positions:
+    """Give the permutation of an epoch whole; `ShuffledOrder` gives parts of it.
 
     Parameters
     ----------
@@ -21,7 +211,18 @@ def epoch_order(num_examples: int, *, seed: int, epoch: int) -> np.ndarray:
     Returns
     -------
     ndarray [example] int64
-        A permutation of 0 .. num_examples - 1, drawn with Philox keyed by BLAKE2b of (seed, epoch).
+        A permutation of 0 .. num_examples - 1.
     """
-    key = np.frombuffer(hashlib.blake2b(f"order|{seed}|{epoch}".encode(), digest_size=16).digest(), np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).permutation(num_examples)
+    return ShuffledOrder(num_examples, seed, epoch).at(np.arange(num_examples))
+
+
+def _digest(name: str, *, size: int) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=size).digest()
+
+
+def _mixed(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
+    """Mix numbers with a key; the middle bits of a product depend on all bits of what is multiplied."""
+    product = (values + key) * _MULTIPLIERS[0]
+    product ^= product >> np.uint64(29)
+    product *= _MULTIPLIERS[1]
+    return product >> np.uint64(32)

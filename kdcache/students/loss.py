@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdcache.errors import MergedCacheError, ShapeError
-from kdcache.losses import Divergence, forward_kl, logit_matching_loss, logits_to_match, soft_cross_entropy
+from kdcache.losses import Divergence, logit_matching_loss, logits_to_match
+from kdcache.losses.divergences import check_beta, divergence_between
+from kdcache.losses.ensemble import check_is_comparable
 from kdcache.soft_targets import Mean, SoftTargets, at_least_float32, log_mean_probabilities, mean_logits
 from kdcache.students.lineup import StudentSettings
 
@@ -41,7 +43,7 @@ class SideBySideLoss:
     Parameters
     ----------
     students : sequence of StudentSettings [student]
-    divergence : "forward-kl", "cross-entropy" or "logit-matching"
+    divergence, beta
         As in `kdcache.losses.distillation_loss`.
     mean : "geometric", "arithmetic" or "tempered-arithmetic"
         The mean over teachers.
@@ -59,10 +61,13 @@ class SideBySideLoss:
         students: Sequence[StudentSettings],
         *,
         divergence: Divergence = "forward-kl",
+        beta: float = 0.5,
         mean: Mean = "geometric",
         device: torch.device | str = "cpu",
     ) -> None:
+        check_beta(beta)
         self._divergence = divergence
+        self._beta = beta
         self._mean = mean
         soft = [index for index, student in enumerate(students) if student.soft_weight > 0]
         hard = [index for index, student in enumerate(students) if student.soft_weight < 1]
@@ -102,7 +107,8 @@ class SideBySideLoss:
         MergedCacheError
             Soft targets that keep the geometric mean only were asked for another one.
         OptionError
-            Sampled soft targets were to give logits, or another mean of several teachers than the arithmetic one.
+            Sampled soft targets were to give logits, every class's probability, or another mean of several teachers
+            than the arithmetic one.
         """
         logits = at_least_float32(student_logits).flatten(1, -2)
         total = logits.new_zeros(len(logits))
@@ -132,9 +138,10 @@ class SideBySideLoss:
         if self._divergence == "logit-matching":
             wanted = logits_to_match(soft_targets, mean=self._mean).to(logits.dtype).expand_as(logits)
             return logit_matching_loss(logits, wanted, reduction="none").mean(dim=1)
-        compare = forward_kl if self._divergence == "forward-kl" else soft_cross_entropy
+        check_is_comparable(soft_targets, self._divergence, mean=self._mean)
         log_students = torch.log_softmax(logits / self._own_temperature, dim=2)
-        per_row = compare(log_students, self._log_soft_targets(soft_targets).to(logits.dtype))
+        log_soft_targets = self._log_soft_targets(soft_targets).to(logits.dtype)
+        per_row = divergence_between(self._divergence, log_students, log_soft_targets, beta=self._beta)
         return per_row.mean(dim=1) * self._own_temperature.flatten() ** 2
 
     def _log_soft_targets(self, soft_targets: SoftTargets) -> Tensor:

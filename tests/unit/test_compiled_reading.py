@@ -103,7 +103,9 @@ def test_rows_that_are_not_available_compile():
     torch.testing.assert_close(compiled(lambda it: it.mean_logits())(read), read.mean_logits(), equal_nan=True)
 
 
-@pytest.mark.parametrize("divergence", ["forward-kl", "cross-entropy", "logit-matching"])
+@pytest.mark.parametrize(
+    "divergence", ["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"]
+)
 @few_codecs
 def test_the_loss_of_a_batch_and_its_gradient_compile(spec, divergence):
     soft_targets = coded(spec)

@@ -13,8 +13,10 @@ from kdcache.losses import (
     DistillationLoss,
     distillation_loss,
     forward_kl,
+    jensen_shannon,
     logit_matching_loss,
     logits_to_match,
+    reverse_kl,
     soft_cross_entropy,
 )
 from kdcache.soft_targets import SoftTargets, log_mean_probabilities
@@ -24,7 +26,7 @@ STUDENT = torch.randn(7, 5, generator=GENERATOR, dtype=torch.float64) * 3
 TEACHER = torch.randn(7, 5, generator=GENERATOR, dtype=torch.float64) * 3
 MEMBERS = torch.randn(7, 3, 5, generator=GENERATOR, dtype=torch.float64) * 3
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-DIVERGENCES = ["forward-kl", "cross-entropy", "logit-matching"]
+DIVERGENCES = ["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"]
 MEANS = ["geometric", "arithmetic", "tempered-arithmetic"]
 
 
@@ -70,6 +72,37 @@ def test_logit_matching_is_half_the_mean_square_of_zero_meaned_logits():
     torch.testing.assert_close(found, (centred**2).mean(1).mean() / 2)
 
 
+def test_reverse_kl_is_scaled_by_the_squared_temperature():
+    p, q = softmax(TEACHER, 4.0), softmax(STUDENT, 4.0)
+    expected = 16 * (q * (q / p).log()).sum(1).mean()
+    found = distillation_loss(STUDENT, TEACHER, temperature=4.0, soft_weight=1.0, divergence="reverse-kl")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jensen_shannon_is_scaled_by_the_squared_temperature(beta):
+    p, q = softmax(TEACHER, 4.0), softmax(STUDENT, 4.0)
+    m = beta * p + (1 - beta) * q
+    expected = 16 * (beta * p * (p / m).log() + (1 - beta) * q * (q / m).log()).sum(1).mean()
+    options = {"temperature": 4.0, "soft_weight": 1.0, "divergence": "jensen-shannon", "beta": beta}
+    torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, **options), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("beta", "limit"), [(1e-7, forward_kl), (1 - 1e-7, reverse_kl)])
+def test_jensen_shannon_tends_to_both_divergences(beta, limit):
+    log_student, log_targets = torch.log_softmax(STUDENT, 1), torch.log_softmax(TEACHER, 1)
+    found = jensen_shannon(log_student, log_targets, beta=beta) / min(beta, 1 - beta)
+    torch.testing.assert_close(found, limit(log_student, log_targets), rtol=1e-3, atol=0)
+
+
+def test_jensen_shannon_of_like_classes_has_the_gradient_of_unlike_ones():
+    student = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64) + student.detach()
+    loss = DistillationLoss(temperature=1.0, soft_weight=1.0, divergence="jensen-shannon", beta=0.2)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, teacher), student)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, torch.zeros_like(teacher)), student)
+
+
 def test_the_hard_term_is_taken_at_temperature_one():
     found = distillation_loss(STUDENT, TEACHER, LABELS, temperature=4.0, soft_weight=0.0)
     torch.testing.assert_close(found, functional.cross_entropy(STUDENT, LABELS))
@@ -82,7 +115,7 @@ def test_soft_and_hard_terms_are_weighted():
     torch.testing.assert_close(both, 0.75 * soft + 0.25 * hard)
 
 
-@pytest.mark.parametrize("divergence", ["forward-kl", "logit-matching"])
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon", "logit-matching"])
 def test_a_student_equal_to_its_teacher_up_to_a_shift_has_no_loss(divergence):
     found = distillation_loss(TEACHER + 5, TEACHER, temperature=3.0, soft_weight=1.0, divergence=divergence)
     torch.testing.assert_close(found, torch.tensor(0.0, dtype=torch.float64))
@@ -332,7 +365,7 @@ def test_a_cache_of_another_class_count_is_refused_with_both():
         distillation_loss(STUDENT, cached(MEMBERS[:, :, :4]), LABELS, temperature=2.0)
 
 
-@pytest.mark.parametrize("student", [STUDENT[0], STUDENT[None], LABELS[:, None]])
+@pytest.mark.parametrize("student", [STUDENT[0], STUDENT[None, None], LABELS[:, None]])
 def test_student_logits_with_other_axes_are_refused(student):
     with pytest.raises(
         ShapeError, match=r"The student's logits must be floating-point numbers with the axes \[row, class\]"
@@ -359,8 +392,10 @@ def test_what_is_no_temperature_is_refused(temperature):
         ({"soft_weight": math.nan}, r"soft_weight must lie between 0 and 1"),
         (
             {"divergence": "hinge"},
-            "divergence must be one of 'forward-kl', 'cross-entropy', 'logit-matching'; got 'hinge'",
+            "divergence must be one of 'forward-kl', .*'reverse-kl', 'jensen-shannon', 'logit-matching'; got 'hinge'",
         ),
+        ({"beta": 0.0}, "beta must lie between 0 and 1, got 0.0.*'forward-kl' and 'reverse-kl'"),
+        ({"beta": 1.0}, "beta must lie between 0 and 1"),
         ({"mean": "median"}, "mean must be one of"),
         ({"reduction": "max"}, "reduction must be one of"),
     ],
@@ -552,7 +587,10 @@ MASK = torch.tensor([[False, True, False, False, True]]).expand(7, -1) & (torch.
 MASKED_TEACHER = TEACHER.masked_fill(MASK, -INF)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+BOUNDED = ["forward-kl", "cross-entropy", "jensen-shannon", "logit-matching"]
+
+
+@pytest.mark.parametrize("divergence", BOUNDED)
 @pytest.mark.parametrize("student", [STUDENT, STUDENT.masked_fill(MASK, -INF)], ids=["finite", "masked"])
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
 def test_masked_classes_give_finite_losses_and_gradients(divergence, student, temperature):
@@ -597,11 +635,31 @@ def test_a_class_of_no_probability_may_be_masked_by_the_student(divergence):
     assert loss == 0
 
 
+def test_reverse_kl_is_infinite_where_the_student_gives_probability_to_a_masked_class():
+    found = distillation_loss(
+        torch.zeros(1, 2), torch.tensor([[0.0, -INF]]), temperature=1.0, soft_weight=1.0, divergence="reverse-kl"
+    )
+    assert found.isposinf()
+
+
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jensen-shannon"])
+def test_a_class_that_the_student_alone_masks_costs_a_finite_amount(divergence):
+    student = STUDENT.masked_fill(MASK, -INF)
+    options = {"temperature": 2.0, "soft_weight": 1.0, "divergence": divergence}
+    assert distillation_loss(student, TEACHER, **options).isfinite()
+    assert soft_gradient(student, TEACHER, 2.0, divergence)[MASK].eq(0).all()
+
+
+def test_jensen_shannon_of_two_that_share_no_class_is_the_entropy_of_beta():
+    found = jensen_shannon(torch.tensor([0.0, -INF]), torch.tensor([-INF, 0.0]), beta=0.25)
+    assert found.item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+
+
 def test_logit_matching_does_not_see_the_student_where_the_teacher_masks():
     assert logit_matching_loss(torch.tensor([[1.0, 7.0, -1.0]]), torch.tensor([[12.0, -INF, 8.0]])) == 0.5
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", BOUNDED)
 @pytest.mark.parametrize("mean", MEANS)
 def test_masks_of_some_members_give_finite_losses_and_gradients(divergence, mean):
     members = MEMBERS.clone()

@@ -18,7 +18,7 @@ LOGITS = torch.randn(23, 2, 6, generator=GENERATOR) @ torch.randn(6, 40, generat
 LOGITS = LOGITS.bfloat16().float()
 STUDENT = torch.randn(23, 40, generator=GENERATOR, dtype=torch.float64)
 LABELS = torch.arange(23)
-DIVERGENCES = ["forward-kl", "cross-entropy", "logit-matching"]
+DIVERGENCES = ["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"]
 SPECS = [Codes(), Codes(dtype="uint16"), Lossless(), Spectral(step=0.05), TopK(k=4)]
 every_codec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
@@ -278,6 +278,12 @@ def test_a_wide_ensemble_is_read_with_one_result_and_a_block(ask):
 @on_linux
 def test_a_wide_loss_holds_its_gradient_and_a_block():
     assert 1.0 <= results_held("loss") < 2.25
+
+
+@on_linux
+@pytest.mark.parametrize("codec", [pytest.param(codec, marks=pytest.mark.slow) for codec in ("spectral", "topk")])
+def test_a_wide_loss_of_64_rows_holds_its_gradient_and_blocks_whatever_the_codec(codec):
+    assert 0.25 <= results_held(f"loss-{codec}") < 1.25
 
 
 @on_linux

@@ -106,8 +106,8 @@ def test_inputs_without_labels_give_none(cache):
 def test_both_tiers_give_the_same_batches(tmp_path):
     folder = tmp_path / "cache"
     build_tiny(folder, codec=Codes())
-    resident = list(loader_of(open_cache(folder), max_resident_bytes=2**20))
-    streamed = list(loader_of(open_cache(folder), max_resident_bytes=0))
+    resident = list(loader_of(open_cache(folder), shuffle=True, max_resident_bytes=2**20))
+    streamed = list(loader_of(open_cache(folder), shuffle=True, max_resident_bytes=0))
     for one, other in zip(resident, streamed, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.stream import epoch_order
+from kdcache.stream.order import SequentialOrder, ShuffledOrder, WindowedOrder
 
 seeds = st.integers(0, 2**64)
 epochs = st.integers(0, 10**6)
@@ -50,3 +52,88 @@ def test_seed_and_epoch_are_not_confused():
 
 def test_every_example_comes_first_in_some_epoch():
     assert {int(epoch_order(5, seed=0, epoch=epoch)[0]) for epoch in range(60)} == set(range(5))
+
+
+# Orders that are computed where they are asked for --------------------------------------------------------------------
+
+LARGE = 2**16 + 123
+PINNED_OF_A_TRILLION = [784112940698, 937186796023, 559130440120, 535897422844]
+
+
+@pytest.mark.parametrize("num_examples", [2**16 + 1, LARGE, 2**17])
+def test_a_computed_order_is_a_permutation(num_examples):
+    order = epoch_order(num_examples, seed=5, epoch=2)
+    assert np.array_equal(np.sort(order), np.arange(num_examples))
+
+
+def test_any_positions_of_a_computed_order_are_those_of_the_whole():
+    whole = epoch_order(LARGE, seed=5, epoch=2)
+    positions = np.random.default_rng(0).integers(0, LARGE, 1000)
+    assert np.array_equal(ShuffledOrder(LARGE, 5, 2).at(positions), whole[positions])
+
+
+def test_a_computed_order_stays_what_it_was_in_earlier_releases():
+    assert ShuffledOrder(10**12, 7, 3).at(np.arange(4)).tolist() == PINNED_OF_A_TRILLION
+
+
+@pytest.mark.parametrize("num_examples", [40_000, LARGE, 10**6])
+def test_places_tell_nothing_of_examples(num_examples):
+    """Chi-square of examples over positions, both in 32 parts: as of a true permutation, to five deviations."""
+    order = epoch_order(num_examples, seed=1, epoch=0)
+    parts = order * 32 // num_examples * 32 + np.arange(num_examples) * 32 // num_examples
+    counts = np.bincount(parts, minlength=1024)
+    expected = num_examples / 1024
+    degrees = 31 * 31
+    assert abs(((counts - expected) ** 2 / expected).sum() - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("num_examples", [40_000, LARGE, 10**6])
+def test_neighbours_tell_nothing_of_each_other(num_examples):
+    order = epoch_order(num_examples, seed=1, epoch=0)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / num_examples**0.5
+
+
+@pytest.mark.parametrize("num_examples", [40_000, LARGE, 10**6])
+def test_epochs_tell_nothing_of_each_other(num_examples):
+    first, second = (epoch_order(num_examples, seed=1, epoch=epoch) for epoch in range(2))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / num_examples**0.5
+
+
+# Windows --------------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
+
+
+@given(sizes, st.integers(1, 5), seeds, epochs)
+def test_a_windowed_order_is_a_permutation(shard_sizes, window_shards, seed, epoch):
+    first = np.concatenate([[0], np.cumsum(shard_sizes)])
+    order = WindowedOrder(first, window_shards, seed, epoch)
+    assert sorted(order.at(np.arange(order.num_examples)).tolist()) == list(range(order.num_examples))
+
+
+@given(sizes, st.integers(1, 5), seeds, epochs)
+def test_a_window_visits_its_own_shards_alone(shard_sizes, window_shards, seed, epoch):
+    first = np.concatenate([[0], np.cumsum(shard_sizes)])
+    order = WindowedOrder(first, window_shards, seed, epoch)
+    positions = np.arange(order.num_examples)
+    shards = np.searchsorted(first, order.at(positions), side="right") - 1
+    allowed = [set(order.shards_of(int(window)).tolist()) for window in order.window_of(positions)]
+    assert all(shard in window for shard, window in zip(shards.tolist(), allowed, strict=True))
+
+
+@given(sizes, st.integers(1, 5), seeds, epochs, st.data())
+def test_any_positions_of_a_windowed_order_are_those_of_the_whole(shard_sizes, window_shards, seed, epoch, data):
+    first = np.concatenate([[0], np.cumsum(shard_sizes)])
+    whole = WindowedOrder(first, window_shards, seed, epoch).at(np.arange(first[-1]))
+    positions = np.array(data.draw(st.lists(st.integers(0, int(first[-1]) - 1), min_size=1, max_size=9)))
+    assert np.array_equal(WindowedOrder(first, window_shards, seed, epoch).at(positions), whole[positions])
+
+
+def test_windows_of_an_epoch_have_other_shards_than_those_of_the_next():
+    first = np.arange(101) * 10
+    orders = [WindowedOrder(first, 4, 0, epoch).shards_of(0).tolist() for epoch in range(2)]
+    assert orders[0] != orders[1]
+
+
+def test_without_shuffling_every_example_keeps_its_place():
+    assert SequentialOrder(5).at(np.arange(5)).tolist() == [0, 1, 2, 3, 4]

@@ -11,7 +11,7 @@ from kdcache.errors import MergedCacheError, OptionError, ShapeError
 from kdcache.students import line_up
 from kdcache.students.loss import SideBySideLoss
 
-DIVERGENCES = ["forward-kl", "cross-entropy", "logit-matching"]
+DIVERGENCES = ["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"]
 MEANS = ["geometric", "arithmetic", "tempered-arithmetic"]
 
 
@@ -172,7 +172,15 @@ def test_each_student_of_topk_has_the_loss_it_would_have_alone(students, logits,
     torch.testing.assert_close(loss(logits, soft_targets, labels).total, torch.stack(alone))
 
 
-@pytest.mark.parametrize(("divergence", "mean"), [("logit-matching", "arithmetic"), ("forward-kl", "geometric")])
+@pytest.mark.parametrize(
+    ("divergence", "mean"),
+    [
+        ("logit-matching", "arithmetic"),
+        ("reverse-kl", "arithmetic"),
+        ("jensen-shannon", "arithmetic"),
+        ("forward-kl", "geometric"),
+    ],
+)
 def test_sampled_soft_targets_are_refused_where_they_would_be_biased(students, logits, divergence, mean):
     loss = SideBySideLoss(students, divergence=divergence, mean=mean)
     with pytest.raises(OptionError, match="hese soft targets are sampled"):

@@ -1,0 +1,177 @@
+"""Inputs joined with a cache by example_id: which rows an example has, and whether it is what the teachers saw."""
+
+from __future__ import annotations
+
+__all__ = ["JoinedExamples"]
+
+import numpy as np
+
+from kdcache.cache import SoftTargetCache
+from kdcache.errors import InputMismatchError, ShapeError, TransferSetError, UnknownExampleError
+from kdcache.transfer_set import TransferSet
+
+
+class JoinedExamples:
+    """Chosen examples of a transfer set beside their rows in a cache, found once, by id.
+
+    Views and labels are held against the cache's here; inputs, by `check_digests`, as they are read.
+
+    Parameters
+    ----------
+    cache : SoftTargetCache
+    inputs : TransferSet
+    example_ids : sequence of int or str, optional
+        Some of the inputs alone; all where absent.
+    view_index : int
+
+    Attributes
+    ----------
+    indices : ndarray [example] of int64
+        The chosen examples' positions in the inputs.
+
+    Raises
+    ------
+    InputMismatchError
+        Views or labels are not those of the cache.
+    ShapeError
+        An example has another number of rows than in the cache.
+    TransferSetError
+        No example is chosen.
+    UnknownExampleError
+        An example is not in the cache, or a chosen id not in the inputs.
+    """
+
+    def __init__(
+        self, cache: SoftTargetCache, inputs: TransferSet, *, example_ids: object | None, view_index: int
+    ) -> None:
+        self.cache = cache
+        self.inputs = inputs
+        self.view_index = view_index
+        self.indices = np.arange(len(inputs)) if example_ids is None else inputs.indices_of(np.asarray(example_ids))
+        if len(self.indices) == 0:
+            raise TransferSetError("there are no examples to train on: example_ids is empty")
+        self._check_views()
+        self._first_row, self._num_rows = self._join()
+        self._check_labels()
+        self.has_single_rows = bool((self._num_rows[self.indices] == 1).all())
+
+    def rows_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give the row numbers of examples, int64 [row], one example's after the other's, and how many each has.
+
+        Parameters
+        ----------
+        indices : ndarray [example] of int64
+            Positions in the inputs.
+        """
+        first_row, num_rows = self._first_row[indices], self._num_rows[indices]
+        if self.has_single_rows:
+            return first_row, num_rows
+        ends = np.cumsum(num_rows, dtype=np.int64)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
+        return np.repeat(first_row, num_rows) + offsets, num_rows
+
+    def in_storage_order(self) -> np.ndarray:
+        """Give the chosen examples' positions in the inputs, as their rows lie in the cache: int64 [example]."""
+        first_rows = self._first_row[self.indices]
+        if bool((np.diff(first_rows) > 0).all()):
+            return self.indices
+        return self.indices[np.argsort(first_rows, kind="stable")]
+
+    def first_of_shards(self, stored: np.ndarray) -> np.ndarray:
+        """Give for every shard of the view the first of its examples among `stored`, and behind all their number.
+
+        Parameters
+        ----------
+        stored : ndarray [example] of int64
+            As `in_storage_order` gives them.
+
+        Returns
+        -------
+        ndarray [shard + 1] of int64
+        """
+        document = self.cache.document
+        first_shard = self.view_index * document.padded_rows // document.shard_rows
+        num_shards = document.padded_rows // document.shard_rows
+        edges = (first_shard + np.arange(num_shards + 1)) * document.shard_rows
+        return np.searchsorted(self._first_row[stored], edges)
+
+    def check_digests(self, indices: np.ndarray) -> None:
+        """Read inputs anew and hold them against the digests of what the teachers saw, where a cache keeps them.
+
+        Raises
+        ------
+        InputMismatchError
+            An input is another one.
+        """
+        kept = self.cache.input_digests_of(self._example_of_row(self._rows_in_view(indices)))
+        if kept is None:
+            return
+        for index, digest in zip(indices.tolist(), kept, strict=True):
+            if self.inputs.digest_of(index) != digest.tobytes():
+                raise InputMismatchError(
+                    f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
+                    f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "
+                    "be wrong. Give the dataset the cache was built from, before any augmentation, under the same ids"
+                )
+
+    def _join(self) -> tuple[np.ndarray, np.ndarray]:
+        """Find every example's rows by its id, once: first row int64 [example] and number of rows int32 [example]."""
+        first_row = np.full(len(self.inputs), -1, np.int64)
+        num_rows = np.zeros(len(self.inputs), np.int32)
+        ids = self.inputs.example_ids[self.indices]
+        try:
+            first_row[self.indices], num_rows[self.indices] = self.cache.locate(ids, view_index=self.view_index)
+        except UnknownExampleError as error:
+            raise UnknownExampleError(
+                f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
+                f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache "
+                f"{self.cache.num_examples}. {error}"
+            ) from error
+        differ = self.indices[num_rows[self.indices] != self.inputs.num_rows[self.indices]]
+        if len(differ):
+            index = int(differ[0])
+            raise ShapeError(
+                f"example {self.inputs.example_id(index)!r} has {self.inputs.num_rows[index]} row(s) by the inputs and "
+                f"{num_rows[index]} in cache {self.cache.address}; give TransferSet(num_rows=...) as when it was built"
+            )
+        return first_row, num_rows
+
+    def _check_views(self) -> None:
+        kept = self.cache.document.view
+        views = self.inputs.views
+        ours = None if views is None else (views.name, views.seed)
+        theirs = None if kept is None else (kept.name, kept.seed)
+        if ours != theirs:
+            raise InputMismatchError(
+                f"the inputs have {_views_in_words(ours)}, the teachers of cache {self.cache.address} saw "
+                f"{_views_in_words(theirs)}: the soft targets would be those of other inputs. Give the TransferSet the "
+                "views that the cache was built with, or none where it was built without"
+            )
+
+    def _check_labels(self) -> None:
+        ours, theirs = self.inputs.labels, self.cache.labels
+        if ours is None or theirs is None:
+            return
+        examples = self._example_of_row(self._rows_in_view(self.indices))
+        differ = self.indices[ours[self.indices] != theirs[examples]]
+        if len(differ):
+            index = int(differ[0])
+            raise InputMismatchError(
+                f"{len(differ)} label(s) differ from those cache {self.cache.address} was built with: example "
+                f"{self.inputs.example_id(index)!r} now has {ours[index]}. Give the transfer set the cache was built "
+                "from, or build a cache from this one"
+            )
+
+    def _rows_in_view(self, indices: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = self._first_row[indices] % self.cache.document.padded_rows
+        return rows
+
+    def _example_of_row(self, first_rows: np.ndarray) -> np.ndarray:
+        if self.cache.document.num_rows == self.cache.document.num_examples:
+            return first_rows
+        found: np.ndarray = np.searchsorted(self.cache.first_rows, first_rows)
+        return found
+
+
+def _views_in_words(views: tuple[str, int] | None) -> str:
+    return "no views" if views is None else f"views {views[0]!r} with seed {views[1]}"
