@@ -17,7 +17,6 @@ __all__ = [
 ]
 
 import math
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
@@ -39,6 +38,7 @@ LARGEST_CODE = 32766
 _ROUNDS = 24
 _SAMPLED_ROWS = 256
 _AIM = 0.98  # of a sampled mean, which is off by about 3 %
+_AIM_ROUNDS = 8
 _MOST_GAINED = 4.0  # levels; a row unlike its shard is not to start far off
 _GOLDEN = (5**0.5 - 1) / 2
 _MARGIN = 1.1  # KL falls by a half in two levels on average: rows that fall less would be coded a third time
@@ -114,14 +114,26 @@ def _coarser(
         return torch.zeros_like(levels)
     sample = torch.linspace(0, len(rows) - 1, _SAMPLED_ROWS, device=levels.device).long()
     chosen = steps[levels[sample]][:, None]
-    errors = rows.errors(sample, rounded(coordinates[sample], chosen), chosen)
-    # what is in doubt of so few rows is not of all of them, which the guard measures
-    found = float(mean_after_guard(replace(errors, kl_ceiling=errors.kl), target))
-    gained = 2 * math.log2(_AIM * target / found) if math.isfinite(found) else 0.0
-    gained = min(max(gained, -_MOST_GAINED), _MOST_GAINED)
+    gained = _gained(rows.errors(sample, rounded(coordinates[sample], chosen), chosen).kl, target)
     whole = math.floor(gained)
     places = torch.arange(len(rows), device=levels.device, dtype=torch.float64) * _GOLDEN % 1.0
     return whole + (places < gained - whole).long()
+
+
+def _gained(kl: Float64[Tensor, "row temperature"], target: float) -> float:
+    """Find by how many levels rows may be coarser so that the guard leaves their mean just below the target.
+
+    Two levels double KL; the guard then refines the more rows the coarser all are, so that the mean grows less.
+    """
+    if not bool(kl.isfinite().all()):
+        return 0.0
+    low, high = -_MOST_GAINED, _MOST_GAINED
+    for _ in range(_AIM_ROUNDS):
+        middle = (low + high) / 2
+        coarser = kl * 2.0 ** (middle / 2)
+        left = (coarser * 2.0 ** (-_too_far(coarser, target) / 2)[:, None]).mean(dim=0).amax()
+        low, high = (middle, high) if float(left) <= _AIM * target else (low, middle)
+    return low
 
 
 def _finest_levels(
