@@ -96,8 +96,9 @@ def certificate_of(
     if temperature in TEMPERATURES and len(held) == len(targets):
         target = max(held)
         limits = {"bound_mean": target, "bound_p99": GUARD_FACTOR * target, "kl_bound": GUARD_FACTOR * target}
-        # an adopted row may stand a little above its limit, see `kdcache.build.task.ADOPTED_TOLERANCE`
-        limits["kl_bound"] = max(limits["kl_bound"], measured["max_kl"] or 0.0)
+        # adopted rows may stand a little above their limits, see `kdcache.build.task.ADOPTED_TOLERANCE`
+        for name, figure in (("bound_mean", "mean_kl"), ("bound_p99", "p99_kl"), ("kl_bound", "max_kl")):
+            limits[name] = max(limits[name], measured[figure] or 0.0)
         bounded |= {name: _smaller(bounded[name], limit) for name, limit in limits.items()}
     return Certificate(
         temperature=temperature,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["choose_device", "move"]
+__all__ = ["choose_device", "like", "move"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,5 +39,10 @@ def move(inputs: Any, device: torch.device | str) -> Any:
     if isinstance(inputs, Mapping):
         return {key: move(value, device) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return type(inputs)(move(value, device) for value in inputs)
+        return like(inputs, [move(value, device) for value in inputs])
     return inputs
+
+
+def like(sequence: tuple[Any, ...] | list[Any], values: list[Any]) -> Any:
+    """Give a sequence of the kind of another, a named tuple too, of these values."""
+    return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)

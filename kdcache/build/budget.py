@@ -56,7 +56,7 @@ def bases_within(budget: float, logits: Logits, plan: PlanDocument) -> Iterator[
         With a target, which guards every row. One above the budget is given where none keeps within it, so that it can
         be told.
     """
-    full = attempt(Spectral(max_kl=0.01), logits, plan)
+    full = attempt(Spectral(max_kl=0.01), logits, plan) or attempt(Spectral(max_kl=_COARSEST), logits, plan)
     if full is None:
         return
     yield _within(budget, full, logits, plan) or full
@@ -110,6 +110,8 @@ def _within(budget: float, basis: Candidate, logits: Logits, plan: PlanDocument)
         found = _measured(basis, min(target, _COARSEST), logits, plan)
         if found is not None and _is_within(found, budget, plan):
             return found
+        if target >= _COARSEST:
+            break
         target *= _COARSER
     return None
 

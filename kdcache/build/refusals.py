@@ -43,7 +43,7 @@ class Measured(Protocol):
 def refuse_probabilities(teacher: str, logits: Float[Tensor, "row class"]) -> None:
     """Refuse a teacher that ends in a softmax: its probabilities would be softened again, and its certificate be good.
 
-    Rows of logits that are all above 0 and all sum to 1 do not come about otherwise, of two classes and more.
+    Rows of logits that are nowhere below 0 and all sum to 1 hardly come about otherwise, of two open classes and more.
 
     Parameters
     ----------
@@ -150,7 +150,8 @@ def _rounded_up(value: float) -> str:
 def _are_probabilities(rows: Tensor) -> bool:
     values = rows.masked_fill(rows.isneginf(), 0)
     sums = values.sum(dim=1, dtype=torch.float32)
-    return bool((values >= 0).all()) and bool(((sums - 1).abs() <= _SUM_MARGIN).all())
+    has_choice = bool((rows.isneginf().logical_not().sum(dim=1) > 1).all())  # one open class has probability 1 anyhow
+    return has_choice and bool((values >= 0).all()) and bool(((sums - 1).abs() <= _SUM_MARGIN).all())
 
 
 def _blocks(logits: Tensor) -> Iterator[Tensor]:

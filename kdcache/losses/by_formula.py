@@ -67,7 +67,7 @@ class _KeptArrays(threading.local):
             return self.last[key]
         with torch.inference_mode(mode=False):  # what is made in it can be written to nowhere else
             if key not in self.arrays:
-                self.arrays[key] = torch.empty(BLOCK_ELEMENTS, dtype=values.dtype)
+                self.arrays[key] = torch.empty(BLOCK_ELEMENTS, dtype=values.dtype, device="cpu")
             self.last[key] = self.arrays[key][: values.numel()].view(values.shape)
         return self.last[key]
 
@@ -134,7 +134,7 @@ class Labels:
     @property
     def indices(self) -> Int64[Tensor, "row 1"]:
         """Columns of the labels; of rows that have none the first."""
-        return (self.classes if self.unlabelled is None else self.classes.clamp(min=0))[:, None]
+        return (self.classes if self.unlabelled is None else self.classes.masked_fill(self.unlabelled, 0))[:, None]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def distillation_loss(
     positions of each example, as many as it has rows; the positions beyond are padding and left out.
 
     **Rows that are left out**, by `mask`, by a weight of 0 or as padding, add exactly 0 to the loss and have a gradient
-    of exactly 0, whatever their logits and soft targets hold, NaN included. Where all are, the loss is 0.
+    of exactly 0, whatever their logits and soft targets hold, NaN included (not where a slope of "none" is NaN). Where
+    all are, the loss is 0.
 
     Parameters
     ----------

@@ -90,7 +90,8 @@ class RowTerms:
             student = rows_of(student_logits, chosen)
             slope = None
             if gradient is not None:
-                slope = gradient[rows] if isinstance(chosen, slice) else torch.empty_like(student)
+                is_view = isinstance(chosen, slice)
+                slope = gradient[rows] if is_view else torch.empty_like(student, dtype=gradient.dtype)
             losses[chosen] = part.part_losses(student, compared, slope)
             if gradient is not None and slope is not None and isinstance(chosen, Tensor):
                 gradient.index_copy_(0, chosen, slope)
@@ -223,13 +224,18 @@ class _InRowBlocks(torch.autograd.Function):
         if gradient is None:
             gradient = _room_for(student_logits, terms)
             terms.losses_in_row_blocks(student_logits, gradient)
-        return gradient if _are_ones(slopes[0]) else gradient.mul_(slopes[0][:, None]), None, None
+        gradient = gradient if _are_ones(slopes[0]) else gradient.mul_(slopes[0][:, None])
+        return gradient.to(student_logits.dtype), None, None
 
 
 def _room_for(student_logits: Tensor, terms: RowTerms) -> Tensor:
-    """Make room for a gradient, 0 in rows that nothing will be written to."""
+    """Make room for a gradient, 0 in rows that nothing will be written to.
+
+    Of a float16 student it is float32: before a scaler's slope multiplies it, float16 would hold it as 0.
+    """
     make = torch.empty if terms.alignment.selected is None else torch.zeros
-    return make(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+    dtype = torch.float32 if student_logits.dtype == torch.float16 else student_logits.dtype
+    return make(student_logits.shape, dtype=dtype, device=student_logits.device)
 
 
 def _are_ones(slopes: Tensor) -> bool:

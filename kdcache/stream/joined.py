@@ -70,6 +70,11 @@ class JoinedExamples:
         offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
         return np.repeat(first_row, num_rows) + offsets, num_rows
 
+    def first_rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """Give the first row number of examples, int64 [example], by their positions in the inputs."""
+        rows: np.ndarray = self._first_row[indices]
+        return rows
+
     def in_storage_order(self) -> np.ndarray:
         """Give the chosen examples' positions in the inputs, as their rows lie in the cache: int64 [example]."""
         first_rows = self._first_row[self.indices]

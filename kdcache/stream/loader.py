@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["SoftTargetLoader"]
 
+import functools
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,7 +176,7 @@ class SoftTargetLoader:
         Raises
         ------
         TransferSetError
-            The state is of a loader that gives other batches: seed, shuffle, batch size or number of examples differ.
+            The state is of a loader that gives other batches: seed, shuffle, batch size, view or examples differ.
         """
         ours = self._order_state()
         other = {key: state.get(key) for key, value in ours.items() if state.get(key) != value}
@@ -193,6 +195,7 @@ class SoftTargetLoader:
             "window_shards": self._epochs.window_shards or 0,
             "batch_size": self.batch_size,
             "num_examples": self._batches.num_examples,
+            "examples": self._epochs.digest,
         }
 
     def __iter__(self) -> Iterator[Batch]:
@@ -286,7 +289,7 @@ class _Epochs:
         max_resident_bytes: int,
         window_shards: int | None,
     ) -> _Epochs:
-        if shuffle not in {None, True, False, "windowed"}:
+        if not (shuffle is None or isinstance(shuffle, bool) or shuffle == "windowed"):
             raise OptionError(f"shuffle is {shuffle!r}; give True, False or 'windowed'")
         num_bytes = joined.cache.coded_bytes(teachers=teachers)
         is_windowed = shuffle == "windowed" or (shuffle is None and num_bytes > max_resident_bytes)
@@ -302,6 +305,13 @@ class _Epochs:
     @property
     def num_examples(self) -> int:
         return len(self.examples)
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """48 bits that tell apart other examples, another order of them, other views and, of windows, other shards."""
+        hasher = hashlib.blake2b(self.joined.first_rows_of(self.examples).tobytes(), digest_size=6)
+        hasher.update(b"" if self.first_examples is None else self.first_examples.tobytes())
+        return int.from_bytes(hasher.digest(), "little")
 
     def order(self, epoch: int) -> Order:
         if not self.is_shuffled:

@@ -122,7 +122,7 @@ class WindowedOrder:
     """Shards in random order, and within each window of some of them their examples in random order.
 
     Examples are numbered as they lie in storage: those of shard s from `first_examples[s]` on. What is read while a
-    window lasts are its shards alone.
+    window lasts are its shards, and the shard behind each where its last example has several rows.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.devices import choose_device, move
+from kdcache.devices import choose_device, like, move
 from kdcache.soft_targets import SoftTargets
 
 
@@ -64,7 +64,7 @@ def _pinned(part: Any) -> Any:
     if isinstance(part, Mapping):
         return {key: _pinned(value) for key, value in part.items()}
     if isinstance(part, tuple | list):
-        return type(part)(_pinned(value) for value in part)
+        return like(part, [_pinned(value) for value in part])
     return part
 
 

@@ -359,3 +359,29 @@ def test_padded_sampled_soft_targets_give_the_loss_of_their_rows():
     sequences = dataclasses.replace(soft_targets, num_rows=NUM_ROWS)
     found = loss(STUDENT.reshape(3, 4, 5), sequences, LABELS.reshape(3, 4))
     torch.testing.assert_close(found, loss(STUDENT[PRESENT], soft_targets, LABELS[PRESENT]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_scalers_slope_finds_the_small_slopes_of_a_float16_student(temperature):
+    """Divided by the rows, most slopes are below what float16 holds; a scaler multiplies them by 65,536."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 4 * torch.randn(64, 8000, generator=generator)
+    student = (4 * torch.randn(64, 8000, generator=generator)).half().requires_grad_()
+    (65536 * distillation_loss(student, teacher, temperature=temperature, soft_weight=1.0)).backward()
+    wide = student.detach().double().requires_grad_()
+    log_student = torch.log_softmax(wide / temperature, dim=1)
+    soft_targets = torch.softmax(teacher.double() / temperature, dim=1)
+    (65536 * temperature**2 * torch.nn.functional.kl_div(log_student, soft_targets, reduction="batchmean")).backward()
+    error = (student.grad.double() - wide.grad).norm() / wide.grad.norm()
+    assert error < 1e-3
+
+
+def test_another_default_device_changes_nothing():
+    student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
+    expected = distillation_loss(student, teacher, temperature=3.0, soft_weight=1.0)
+    torch.set_default_device("meta")
+    try:
+        found = distillation_loss(student, teacher.double().float(), temperature=3.0, soft_weight=1.0)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)

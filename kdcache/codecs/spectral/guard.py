@@ -72,7 +72,8 @@ def guarded(
         return rounded(coordinates, steps[levels][:, None]), rows.errors(all_rows(rows), coordinates, coordinates)
     finest = _finest_levels(coordinates, steps)
     levels.copy_(torch.minimum(levels, finest))
-    levels.sub_(_coarser(rows, coordinates, levels, steps, target)).clamp_(min=0)
+    coarser = _coarser(rows, coordinates, levels, steps, target)
+    levels.copy_(torch.minimum((levels - coarser).clamp(min=0), finest))
     chosen = steps[levels][:, None]
     quantised = rounded(coordinates, chosen)
     errors = _measured(rows, all_rows(rows), quantised, chosen, target)

@@ -26,8 +26,8 @@ def scaled(bits: Int16[Tensor, "row component"], steps: Float32[Tensor, "row 1"]
     """Undo the zigzag and multiply each row by its step: on a processor block by block, nearly twice as fast."""
     if bits.device.type != "cpu" or torch.compiler.is_compiling():
         return unzigzag(bits) * steps
-    result = torch.empty(bits.shape, dtype=torch.float32)
-    values, signs = (torch.empty(_BLOCK_ROWS, bits.shape[1], dtype=torch.int16) for _ in range(2))
+    result = torch.empty(bits.shape, dtype=torch.float32, device="cpu")
+    values, signs = torch.empty(2, _BLOCK_ROWS, bits.shape[1], dtype=torch.int16, device="cpu")
     for start in range(0, len(bits), _BLOCK_ROWS):
         block = bits[start : start + _BLOCK_ROWS]
         value, sign = values[: len(block)], signs[: len(block)]

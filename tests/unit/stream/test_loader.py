@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kdcache import Codes, SoftTargetLoader, TransferSet, open_cache
 from kdcache.errors import (
     CorruptCacheError,
     InputMismatchError,
+    OptionError,
     ShapeError,
     TransferSetError,
     UnknownExampleError,
@@ -415,8 +417,15 @@ def test_a_state_can_be_written_as_json(cache):
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 4}, {"batch_size": 8}, {"example_ids": range(30)}, {"shuffle": False}],
-    ids=lambda other: next(iter(other)),
+    [
+        {"seed": 4},
+        {"batch_size": 8},
+        {"example_ids": range(30)},
+        {"example_ids": range(39, -1, -1)},
+        {"shuffle": False},
+        {"shuffle": "windowed"},
+    ],
+    ids=lambda other: f"{next(iter(other))} {next(iter(other.values()))}",
 )
 def test_a_state_of_a_loader_with_other_batches_is_refused(cache, other):
     state = loader_of(cache, seed=3).state_dict()
@@ -464,3 +473,22 @@ def test_other_labels_than_the_caches_are_refused(cache):
     labels[7] = (labels[7] + 1) % 4
     with pytest.raises(InputMismatchError, match=r"1 label\(s\) differ .* example 7 now has"):
         loader_of(cache, TransferSet.from_arrays(tiny_inputs(), labels=labels))
+
+
+@pytest.mark.parametrize("shuffle", [0, 1, "yes", np.bool_(False)], ids=repr)
+def test_what_is_no_way_to_shuffle_is_refused(cache, shuffle):
+    with pytest.raises(OptionError, match="give True, False or 'windowed'"):
+        loader_of(cache, shuffle=shuffle)
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    other: torch.Tensor
+
+
+def test_named_tuples_of_inputs_are_moved_as_such(tmp_path):
+    dataset = [Pair(row, -row) for row in tiny_inputs()]
+    transfer_set = TransferSet(list(zip(dataset, tiny_labels(), strict=True)), digest_inputs=False)
+    cache = build_tiny(tmp_path / "cache", tiny_transfer_set(digest_inputs=False), {"echo": Echo()})
+    inputs, _, _ = next(iter(loader_of(cache, transfer_set, device="cpu")))
+    assert isinstance(inputs, Pair)
