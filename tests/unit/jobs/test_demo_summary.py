@@ -108,7 +108,7 @@ def test_students_are_gathered_by_temperature_in_the_order_of_their_runs():
 
 
 def test_teachers_are_scored_alone_and_together(tmp_path):
-    right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    right, wrong = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 6.0]])
     networks = {name: torch.nn.Linear(1, 2, bias=False) for name in ("a", "b")}
     for network, weight in zip(networks.values(), (right, wrong), strict=True):
         network.weight.data = weight.T.clone()
