@@ -23,7 +23,7 @@ def unzigzag(bits: Int16[Tensor, "row component"]) -> Int16[Tensor, "row compone
 
 
 def scaled(bits: Int16[Tensor, "row component"], steps: Float32[Tensor, "row 1"]) -> Float32[Tensor, "row component"]:
-    """Undo the zigzag and multiply each row by its step: on a processor block by block, nearly twice as fast."""
+    """Undo the zigzag and multiply each row by its step: on a processor block by block, up to 1.6 times as fast."""
     if bits.device.type != "cpu" or torch.compiler.is_compiling():
         return unzigzag(bits) * steps
     result = torch.empty(bits.shape, dtype=torch.float32, device="cpu")
