@@ -22,7 +22,6 @@ from kdcache.soft_targets import SoftTargets
 from kdcache.stream.batches import GlobalBatches, Topology
 from kdcache.stream.joined import JoinedExamples
 from kdcache.stream.order import Order, SequentialOrder, ShuffledOrder, WindowedOrder
-from kdcache.stream.rows import open_rows
 from kdcache.stream.transfer import DeviceTransfer
 from kdcache.transfer_set import TransferSet
 
@@ -134,7 +133,10 @@ class SoftTargetLoader:
         self._prefetch_batches = prefetch_batches
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
         self._transfer = DeviceTransfer(device)
-        self._rows = open_rows(cache, teachers=teachers, max_resident_bytes=max_resident_bytes)
+        self._teachers = teachers
+        self._is_resident = cache.complete is not None and cache.coded_bytes(teachers=teachers) <= max_resident_bytes
+        if self._is_resident:
+            cache.hold_in_memory(teachers=teachers)
         self._epoch, self._start = 0, 0  # what the next iteration gives
         self._position = (0, 0)  # behind the batch given last
 
@@ -155,7 +157,7 @@ class SoftTargetLoader:
     @property
     def tier(self) -> str:
         """Where coded rows are read from: "memory" or "shards"."""
-        return self._rows.tier
+        return "memory" if self._is_resident else "shards"
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, from its first batch."""
@@ -228,7 +230,7 @@ class SoftTargetLoader:
                     future.cancel()
 
     def _steps(self, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
-        """Give what each step needs, from a batch on: this rank's examples, and the shards that are read meanwhile."""
+        """Give what each step needs, from a batch on: this rank's examples."""
         order = self._epochs.order(epoch)
         at_a_time = max(1, _ORDER_POSITIONS * topology.world_size // self.batch_size)
         for first in range(start, len(self), at_a_time):
@@ -238,18 +240,16 @@ class SoftTargetLoader:
             ]
             positions = np.concatenate([np.arange(*part) for part in parts])
             indices = np.split(self._epochs.indices_at(order, positions), np.cumsum([b - a for a, b in parts])[:-1])
-            for number, (examples, part) in enumerate(zip(indices, parts, strict=True), start=first):
+            for number, examples in enumerate(indices, start=first):
                 checked = examples if number == start else examples[[int(examples[0]) % len(examples)]]
-                yield _Step(examples, checked, self._epochs.shards_from(order, part))
+                yield _Step(examples, checked)
 
     def _make(self, step: _Step) -> tuple[Batch, Any]:
         self._joined.check_digests(step.checked)
         inputs = self.inputs.read_inputs(step.indices, view_index=self._joined.view_index)
         labels = None if self._labels is None else self._labels[torch.from_numpy(step.indices)]
-        if step.shards is not None:
-            self._rows.expect(step.shards)
         rows, num_rows = self._joined.rows_of(step.indices)
-        soft_targets = self._rows.read(rows)
+        soft_targets = self.cache.read_rows(rows, teachers=self._teachers)
         if not self._joined.has_single_rows:
             soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
         return self._transfer.send((inputs, labels, soft_targets))
@@ -257,14 +257,10 @@ class SoftTargetLoader:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """What a step needs: its examples, those whose inputs are held against their digests, and what is read from now on.
-
-    Indices are positions in the inputs, shards those of this window and of the next; None where any may be read.
-    """
+    """A step's examples, and those of them whose inputs are held against their digests: positions in the inputs."""
 
     indices: np.ndarray
     checked: np.ndarray
-    shards: Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,12 +319,3 @@ class _Epochs:
     def indices_at(self, order: Order, positions: np.ndarray) -> np.ndarray:
         found: np.ndarray = self.examples[order.at(positions)]
         return found
-
-    def shards_from(self, order: Order, part: tuple[int, int]) -> Sequence[int] | None:
-        """Give the shards of a step's window and of the next, over all views; None where any may be read."""
-        if not isinstance(order, WindowedOrder):
-            return None
-        first, last = order.window_of(np.array([part[0], part[1] - 1])).tolist()
-        document = self.joined.cache.document
-        base = self.joined.view_index * document.padded_rows // document.shard_rows
-        return [base + int(shard) for window in range(first, last + 2) for shard in order.shards_of(window)]
