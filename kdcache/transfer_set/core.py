@@ -253,7 +253,7 @@ class TransferSet:
             What `collate` makes of the inputs; for arrays a tensor [example, ...].
         """
         if isinstance(self._source, ArraySource) and self.views is None:
-            return self._source.read_inputs([int(index) for index in indices])
+            return self._source.read_inputs(indices)
         return self._collate([self.read_input(int(index), view_index=view_index) for index in indices])
 
     def read_input(self, index: int, *, view_index: int = 0) -> Any:

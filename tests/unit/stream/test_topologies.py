@@ -14,6 +14,7 @@ from kdcache.errors import OptionError, ShapeError
 
 NUM_STEPS = 12  # of two epochs: 40 examples in batches of 7
 RANKS = (1, 2, 3, 4)
+BLOCK_BYTES = 8 * 4 * 4  # chunks of 8 rows of 4 float32 logits
 
 
 class Echo(nn.Module):
@@ -59,7 +60,7 @@ def global_batches(ranks, count) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module", params=[None, "windowed"], ids=["whole", "windowed"])
 def order(request):
-    return {} if request.param is None else {"shuffle": "windowed", "window_shards": 2}
+    return {} if request.param is None else {"shuffle": "windowed", "window_bytes": 2 * BLOCK_BYTES}
 
 
 @pytest.fixture(scope="module")
