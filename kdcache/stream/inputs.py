@@ -48,8 +48,8 @@ class _Reading:
     view_index: int
 
     def read(self, indices: np.ndarray, checked: np.ndarray) -> InputBatch:
-        digests = [self.inputs.digest_of(index) for index in checked.tolist()]
-        return InputBatch(self.inputs.read_inputs(indices, view_index=self.view_index), digests)
+        inputs = self.inputs.read_inputs(indices, view_index=self.view_index)  # first: digests may draw as well
+        return InputBatch(inputs, [self.inputs.digest_of(index) for index in checked.tolist()])
 
 
 class InputReader:

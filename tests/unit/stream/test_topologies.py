@@ -96,6 +96,32 @@ def test_a_state_of_one_process_is_restored_by_any_number_at_every_step(cache, o
     assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
 
 
+@pytest.fixture(scope="module", params=RANKS)
+def with_workers(request, cache, order):
+    """Ranks whose inputs are read by two workers each, kept from test to test."""
+    ranks = loaders(cache, request.param, num_workers=2, **order)
+    yield ranks
+    for loader in ranks:
+        loader.close()
+
+
+@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
+def test_a_state_is_restored_by_ranks_with_workers_at_every_step(undisturbed, with_workers, step):
+    states, batches = undisturbed
+    for loader in with_workers:
+        loader.load_state_dict(states[step])
+    assert_same(global_batches(with_workers, NUM_STEPS - step), batches[step:])
+
+
+def test_ranks_with_workers_give_the_states_of_one_process(undisturbed, with_workers):
+    for loader in with_workers:
+        loader.set_epoch(0)
+    for step, _ in enumerate(zip(*map(two_epochs, with_workers), strict=True)):
+        assert [loader.state_dict() for loader in with_workers] == [undisturbed[0][step + 1]] * len(with_workers)
+        if step + 1 == NUM_STEPS:
+            break
+
+
 @pytest.mark.parametrize("world_size", RANKS)
 def test_every_world_size_gives_the_states_of_one_process(cache, order, undisturbed, world_size):
     ranks = loaders(cache, world_size, **order)
