@@ -79,6 +79,8 @@ class LocalCopy:
                 with _alone(path.with_suffix(".lock")):
                     if not path.exists():
                         _write(path, reader, num_rows)
+        except CorruptCacheError:
+            raise
         except OSError as error:
             raise StoreError(
                 f"the local copy {path} of {num_rows * spec.row_bytes} bytes could not be made ({error}); what there "

@@ -46,7 +46,7 @@ class Inputs(Dataset):
 class Beside(TransferSet):
     """Gives what stands beside the inputs too; the digests are those of the inputs alone."""
 
-    def read_inputs(self, indices, *, view_index=0):
+    def read_inputs(self, indices, *, view_index=0):  # noqa: ARG002
         pairs = [self._source.dataset[int(index)] for index in indices]
         return torch.stack([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
@@ -163,7 +163,7 @@ def test_workers_draw_nothing_from_the_generator_that_trains(made):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_changed_inputs_are_found_out_by_workers(folder, made):
+def test_changed_inputs_are_found_out_by_workers(made):
     changed = Inputs()
     changed.inputs = changed.inputs + 1
     with pytest.raises(InputMismatchError, match="is not the input"):
@@ -195,7 +195,7 @@ def test_an_error_of_the_dataset_comes_through(made):
 
 def test_a_worker_that_dies_is_an_error_that_says_what_to_do(made):
     loader = made(TransferSet(Dying(), input_key=0))
-    with pytest.raises(WorkerError, match="one of 2 workers that read inputs died.*num_workers=0"):
+    with pytest.raises(WorkerError, match=r"one of 2 workers that read inputs died.*num_workers=0"):
         list(loader)
     assert loader.state_dict()["next_batch"] == 0
 
