@@ -27,17 +27,24 @@ from kdcache.documents import (
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.row_selection import select_rows
 from kdcache.soft_targets import SoftTargets
-from kdcache.store import CacheSizes, CacheStore, CodesReader, LocalCopy, ResidentCodes
+from kdcache.store import CacheSizes, CacheStore, CodesReader, KeptPages, LocalCopy, ResidentCodes
 
 if TYPE_CHECKING:
     import zarr
 
 
+LOCAL_CACHE_BYTES = 10 * 2**30
 MAX_HELD_DIGESTS = 2**22
 """Input digests, of 16 bytes each, that are held in memory whole."""
 
 
-def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = False) -> SoftTargetCache:
+def open_cache(
+    address: str | os.PathLike[str],
+    *,
+    allow_incomplete: bool = False,
+    local_cache: str | os.PathLike[str] | None = None,
+    local_cache_bytes: int = LOCAL_CACHE_BYTES,
+) -> SoftTargetCache:
     """Open a cache for reading; nothing but its documents is read.
 
     Parameters
@@ -46,13 +53,20 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
         Where the cache stands.
     allow_incomplete : bool
         Open a cache whose build has not finished; what is read then carries a mask of the rows that are there.
+    local_cache : path, optional
+        Local folder in which parts of a finished cache are kept as they are read, still compressed: for one that lies
+        far away. Several caches and processes may share it.
+    local_cache_bytes : int
+        What that folder may take, at least 16 MiB; what was used longest ago is dropped.
 
     Raises
     ------
     CacheNotFoundError
         No cache stands there.
     IncompleteCacheError
-        The build has not finished.
+        The build has not finished; or it has not, and parts were to be kept locally.
+    OptionError
+        `local_cache_bytes` is below 16 MiB.
     DocumentError
         A document of the cache breaks its schema, or is of a format version that this release cannot read.
     CorruptCacheError
@@ -76,7 +90,15 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
             "member would give other soft targets. Nothing was changed. "
             f"Run `kdcache verify {store.address}` to see all damage; bring the files back, or build the cache anew"
         )
-    return SoftTargetCache(store, document, complete, teachers)
+    cache = SoftTargetCache(store, document, complete, teachers)
+    return cache if local_cache is None else _kept_locally(cache, local_cache, local_cache_bytes)
+
+
+def _kept_locally(cache: SoftTargetCache, folder: str | os.PathLike[str], max_bytes: int) -> SoftTargetCache:
+    cache.require_complete("kept locally")
+    identity = "" if cache.complete is None else cache.complete.digest()
+    pages = KeptPages(cache.store.objects, folder, identity=identity, max_bytes=max_bytes)
+    return SoftTargetCache(CacheStore(pages), cache.document, cache.complete, cache.teachers)
 
 
 class SoftTargetCache:
@@ -113,6 +135,11 @@ class SoftTargetCache:
 
     def __len__(self) -> int:
         return self.num_examples
+
+    @property
+    def store(self) -> CacheStore:
+        """The stored parts."""
+        return self._store
 
     @property
     def address(self) -> str:

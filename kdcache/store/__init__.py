@@ -10,6 +10,7 @@ __all__ = [
     "CacheStore",
     "CodesReader",
     "ExampleTable",
+    "KeptPages",
     "LocalCopy",
     "LocalObjects",
     "Objects",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 from kdcache.store.examples import ExampleTable
+from kdcache.store.kept_pages import KeptPages
 from kdcache.store.local_copy import LocalCopy
 from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.reader import CodesReader

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.errors import CorruptCacheError, StoreError
-from kdcache.store.reader import CodesReader
+from kdcache.store.reader import CodesReader, distinct
 
 _BLOCK_BYTES = 2**16
 
@@ -101,7 +101,7 @@ class LocalCopy:
         """
         blocks = rows // self._block_rows
         unchecked = blocks[~self._is_checked[blocks]]
-        for block in np.unique(unchecked).tolist():
+        for block in distinct(unchecked).tolist():
             if _sum_of(self.codes[block * self._block_rows : (block + 1) * self._block_rows]) != self._sums[block]:
                 raise self._damaged(f"rows from {block * self._block_rows} on were altered")
             self._is_checked[block] = True

@@ -6,7 +6,7 @@ keep every shard's index and the chunks last decoded, in bounded memory, and may
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader"]
+__all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader", "distinct"]
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -346,10 +346,16 @@ def has_fill(codes: npt.NDArray[Any], fill: float) -> bool:
 def by_chunk(chunk_of: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
     """Give the positions at which each chunk number stands, by chunk number, ascending."""
     order = np.argsort(chunk_of, kind="stable")
-    chunks, starts = np.unique(chunk_of[order], return_index=True)
-    return dict(
-        zip(chunks.tolist(), np.split(order, starts[1:]), strict=False)
-    )  # no numbers split into one empty array
+    ascending = chunk_of[order]
+    starts = np.flatnonzero(np.diff(ascending)) + 1
+    chunks = ascending[np.concatenate([[0], starts])] if len(ascending) else ascending
+    return dict(zip(chunks.tolist(), np.split(order, starts), strict=False))  # no numbers split into one empty array
+
+
+def distinct(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Give the different numbers, ascending: `numpy.unique` without what it imports when it is first called."""
+    ascending = np.sort(values)
+    return ascending[np.concatenate([[True], np.diff(ascending) != 0])] if len(ascending) else ascending
 
 
 def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> Iterator[tuple[int, list[int]]]:

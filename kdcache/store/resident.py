@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from kdcache.store.reader import CodesReader
+from kdcache.store.reader import CodesReader, distinct
 
 NUM_THREADS = 2
 """Threads that decode. Decompressing leaves the interpreter to others, so that training goes on beside them."""
@@ -55,7 +55,7 @@ class ResidentCodes:
         if self.is_whole:
             return
         chunks = rows // self._chunk_rows
-        self._wait_for(np.unique(chunks[~self._is_filled[chunks]]).tolist())
+        self._wait_for(distinct(chunks[~self._is_filled[chunks]]).tolist())
         self._fill_behind()
 
     def fill_all(self) -> None:

@@ -176,7 +176,8 @@ class JoinedExamples:
             )
 
     def _check_labels(self) -> None:
-        ours, theirs = self.inputs.labels, self.cache.labels
+        ours = self.inputs.labels
+        theirs = self.cache.labels if ours is not None and self._checks_inputs else None
         if ours is None or theirs is None:
             return
         examples = self._example_of_row(self._rows_in_view(self.indices))

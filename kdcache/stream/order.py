@@ -169,10 +169,10 @@ class WindowedOrder:
         """Give the examples at some positions, int64 [position]."""
         windows = self.window_of(positions)
         places = np.empty_like(positions)
-        for window in np.unique(windows):
+        for window in range(int(windows.min(initial=self.num_windows)), int(windows.max(initial=-1)) + 1):
             chosen = windows == window
             start, end = self._window_starts[window], self._window_ends[window]
-            places[chosen] = start + self._permutation(int(window), int(end - start)).at(positions[chosen] - start)
+            places[chosen] = start + self._permutation(window, int(end - start)).at(positions[chosen] - start)
         visited = np.searchsorted(self._block_ends, places, side="right")
         blocks = self.blocks[visited]
         first_places = self._block_ends[visited] - np.diff(self.first_examples)[blocks]

@@ -21,6 +21,7 @@ from kdcache.cache import SoftTargetCache
 from kdcache.row_selection import select_rows
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CodesReader
+from kdcache.store.reader import distinct
 from kdcache.stream.epochs import Epochs, Windows
 from kdcache.stream.order import Order, WindowedOrder
 
@@ -106,7 +107,7 @@ class _Reading:
         block_rows = self._source.windows.block_rows
         blocks = np.sort(self._order.blocks_of(index))
         if self._reach is not None:
-            blocks = np.unique(np.concatenate([np.arange(block, self._reach[block] + 1) for block in blocks]))
+            blocks = distinct(np.concatenate([np.arange(block, self._reach[block] + 1) for block in blocks]))
         arrays = self._arrays(len(blocks) * block_rows)
         first_row = self._source.epochs.joined.view_index * self._source.cache.document.padded_rows
         pieces = np.array_split(np.arange(len(blocks)), min(len(blocks), _PIECES_A_WINDOW))

@@ -226,3 +226,27 @@ def test_without_inputs_every_view_is_given(tmp_path):
     cache = build_tiny(tmp_path / "cache", tiny_transfer_set(views=views), {"echo": Echo()})
     example_ids = torch.cat([ids for ids, _, _ in SoftTargetLoader(cache, batch_size=7, view_index=1)])
     assert np.array_equal(np.sort(example_ids), np.arange(40))
+
+
+# A local cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", ["memory", "windows", "scattered"])
+def test_a_cache_far_away_is_read_once(tmp_path, tier):
+    far, near = tmp_path / "cache", tmp_path / "near"
+    build_tiny(far, tiny_transfer_set(), {"echo": Echo()})
+    list(SoftTargetLoader(open_cache(far, local_cache=near), tiny_transfer_set(), batch_size=7))
+    cache = open_cache(far, local_cache=near)
+    for shard in far.glob("teachers/echo/codes/c/*/0"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    for inputs, _, soft_targets in SoftTargetLoader(
+        cache, tiny_transfer_set(), **options_of(tier, tmp_path), batch_size=7
+    ):
+        assert torch.allclose(soft_targets.logits()[:, 0], inputs)
+
+
+def test_an_unfinished_cache_is_not_kept_locally(tmp_path):
+    build_tiny(tmp_path / "cache")
+    (tmp_path / "cache/complete.json").unlink()
+    with pytest.raises(IncompleteCacheError, match="cannot be kept locally"):
+        open_cache(tmp_path / "cache", allow_incomplete=True, local_cache=tmp_path / "near")
