@@ -5,9 +5,7 @@ from __future__ import annotations
 __all__ = ["SoftTargetLoader"]
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from kdcache.cache import SoftTargetCache
 from kdcache.errors import OptionError, TransferSetError
 from kdcache.soft_targets import SoftTargets
+from kdcache.stream.ahead import made_ahead
 from kdcache.stream.batches import GlobalBatches, Topology
 from kdcache.stream.epochs import Epochs, Shuffle, Windows
 from kdcache.stream.inputs import InputBatch, InputReader
@@ -272,21 +271,19 @@ class SoftTargetLoader:
         self._position = (self._epoch, 0)
 
     def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
-        """Make batches on one thread, a few ahead of use."""
+        """Make batches on a thread, a few ahead of use."""
         order = self._epochs.order(epoch)
-        reading = self._source.reading(order)
-        waiting: deque[Future[tuple[Batch, Any]]] = deque()
-        with contextlib.closing(reading), ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
-            try:
-                for step in self._steps(order, epoch, start, topology):
-                    waiting.append(pool.submit(self._make, step, reading))
-                    if len(waiting) > self._prefetch_batches:
-                        yield self._transfer.received(*waiting.popleft().result())
-                while waiting:
-                    yield self._transfer.received(*waiting.popleft().result())
-            finally:
-                for future in waiting:
-                    future.cancel()
+        steps = self._steps(order, epoch, start, topology)
+        with contextlib.closing(self._source.reading(order)) as reading:
+            ahead = made_ahead(
+                lambda step: self._make(step, reading),
+                steps,
+                depth=self._prefetch_batches,
+                one_by_one=self._reader.num_workers > 0,
+            )
+            with contextlib.closing(ahead):
+                for batch, copied in ahead:
+                    yield self._transfer.received(batch, copied)
 
     def _steps(self, order: Order, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
         """Give what each step needs, from a batch on: this rank's examples, whose inputs are asked for."""
