@@ -268,13 +268,17 @@ def shorter_than_index(shard_bytes: int, spec: ShardSpec, *, place: Place) -> Co
 
 
 def decode_chunk(
-    data: bytes | memoryview, spec: ShardSpec, *, place: Place, out: npt.NDArray[Any] | None = None
+    data: bytes | memoryview | npt.NDArray[np.uint8],
+    spec: ShardSpec,
+    *,
+    place: Place,
+    out: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[Any]:
     """Check and decode one chunk.
 
     Parameters
     ----------
-    data : bytes or memoryview
+    data : bytes, memoryview or ndarray of uint8
         The chunk as stored.
     spec : ShardSpec
         Shape and coding.
@@ -293,12 +297,12 @@ def decode_chunk(
     CorruptCacheError
         The chunk's checksum does not match, or it is not of the size that `spec` says. Checked before memory is taken.
     """
-    whole = bytes(data)  # no copy of what is bytes already
+    whole = bytes(data) if isinstance(data, memoryview) else data  # the checksum takes no memoryview
     if len(whole) < _BLOSC_HEADER_BYTES + _CHECKSUM_BYTES:
         raise place.corrupt(f"a chunk has {len(whole)} bytes, fewer than any chunk can have")
     if google_crc32c.value(whole) != _CHECKED:
         raise place.corrupt("the checksum of a chunk does not match: bytes of the shard were altered")
-    body = memoryview(whole)[:-_CHECKSUM_BYTES]
+    body = memoryview(whole)[:-_CHECKSUM_BYTES]  # type: ignore[arg-type] # arrays are buffers from Python 3.12 on
     decoded_bytes, _, stored_bytes = struct.unpack_from("<III", body, 4)
     if decoded_bytes != spec.chunk_bytes or stored_bytes != len(body):
         raise place.corrupt(f"a chunk holds {decoded_bytes} bytes where the array's shape says {spec.chunk_bytes}")

@@ -18,7 +18,7 @@ from kdcache.cache import SoftTargetCache
 from kdcache.errors import OptionError, TransferSetError
 from kdcache.soft_targets import SoftTargets
 from kdcache.stream.ahead import made_ahead
-from kdcache.stream.batches import GlobalBatches, Topology
+from kdcache.stream.batches import GlobalBatches, Topology, Wanted
 from kdcache.stream.epochs import Epochs, Shuffle, Windows
 from kdcache.stream.inputs import InputBatch, InputReader
 from kdcache.stream.joined import JoinedExamples, ids_as_inputs
@@ -89,7 +89,7 @@ class SoftTargetLoader:
     max_resident_bytes : int
         A cache whose coded rows take no more is held in memory, or on the device where that has room.
     window_bytes : int, optional
-        Coded rows of a window of a windowed shuffle; the tier "windows" holds two windows. By default a sixteenth of
+        Coded rows of a window of a windowed shuffle; the tier "windows" holds three. By default a sixteenth of
         the cache, at least 8 MiB and at most 256 MiB.
     local_copy : path, optional
         Local folder for an uncompressed copy of the rows, made where it does not stand: the tier "mapped".
@@ -274,7 +274,8 @@ class SoftTargetLoader:
         """Make batches on a thread, a few ahead of use."""
         order = self._epochs.order(epoch)
         steps = self._steps(order, epoch, start, topology)
-        with contextlib.closing(self._source.reading(order)) as reading:
+        wanted = Wanted(self._batches, topology, start)
+        with contextlib.closing(self._source.reading(order, wanted)) as reading:
             ahead = made_ahead(
                 lambda step: self._make(step, reading),
                 steps,
@@ -314,7 +315,7 @@ class SoftTargetLoader:
         rows, num_rows = self._joined.rows_of(step.indices)
         if self._joined.has_single_rows:
             return self._transfer.send((inputs, labels, reading.read(rows, step.positions)))
-        soft_targets = reading.read(rows, np.repeat(step.positions, num_rows))
+        soft_targets = reading.read(rows, step.positions)
         return self._transfer.send((inputs, labels, replace(soft_targets, num_rows=torch.from_numpy(num_rows))))
 
 

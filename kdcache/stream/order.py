@@ -161,6 +161,10 @@ class WindowedOrder:
         """Give the window in which each position lies, int64 [position]; positions ascend through windows."""
         return np.searchsorted(self._window_ends, positions, side="right")
 
+    def positions_of(self, window_index: int) -> tuple[int, int]:
+        """Give the first position of a window, and the one behind its last."""
+        return int(self._window_starts[window_index]), int(self._window_ends[window_index])
+
     def blocks_of(self, window_index: int) -> Positions:
         """Give the blocks of a window, int64 [block]."""
         return self.blocks[window_index * self.window_blocks : (window_index + 1) * self.window_blocks]

@@ -7,7 +7,7 @@
 ``mapped``
     An uncompressed copy in a local folder, mapped: its pages are the system's to keep or to drop.
 ``windows``
-    Compressed shards, of which the blocks of two windows are held decoded; needs a windowed shuffle.
+    Compressed shards, of which a few windows are held decoded; needs a windowed shuffle.
 ``scattered``
     Compressed shards, of which every batch reads the chunks that it needs; the chunks last used are kept.
 """
@@ -31,6 +31,7 @@ from kdcache.row_selection import select_rows
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CodesReader, LocalCopy
 from kdcache.store.reader import DEFAULT_CACHE_BYTES
+from kdcache.stream.batches import Wanted
 from kdcache.stream.epochs import Epochs
 from kdcache.stream.order import Order
 from kdcache.stream.windows import WindowedRows
@@ -46,7 +47,7 @@ class RowReading(Protocol):
     """An epoch's rows, read forwards by one thread."""
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:
-        """Read rows by number, int64 [row], of examples at positions of the epoch, int64 [row]."""
+        """Read rows by number, int64 [row], of examples at neighbouring wanted positions of the epoch [example]."""
         ...
 
     def close(self) -> None:
@@ -67,8 +68,8 @@ class RowSource(Protocol):
         """Bytes of coded rows that are held at most, in the memory of the process or of the device."""
         ...
 
-    def reading(self, order: Order) -> RowReading:
-        """Begin an epoch."""
+    def reading(self, order: Order, wanted: Wanted) -> RowReading:
+        """Begin an epoch, of which only the wanted positions will be read."""
         ...
 
 
@@ -126,7 +127,7 @@ def open_tier(
 class _Anywhere:
     """Reads in any order, so that an epoch needs nothing of its own."""
 
-    def reading(self, order: Order) -> Any:  # noqa: ARG002 - any order will do
+    def reading(self, order: Order, wanted: Wanted) -> Any:  # noqa: ARG002 - any order will do
         return self
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""Windows in memory: the blocks of one window decoded while the window before is given, in memory that does not grow.
+"""Windows in memory: the rows of one window laid down in the order of the epoch, while the window before is given.
 
-Two windows are held at a time. Each is decoded once an epoch, block by block on a few threads, straight into arrays
-that are taken once and used again by every second window.
+Each chunk is decoded once an epoch, and each of its rows is put where the epoch wants it while the chunk is at hand:
+a batch is a piece of what lies in memory, and nothing is gathered or copied again. Batches share the memory of their
+window; it is used again as soon as nobody holds a batch of it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 __all__ = ["WindowedRows"]
 
 import itertools
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.cache import SoftTargetCache
-from kdcache.row_selection import select_rows
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CodesReader
-from kdcache.store.reader import distinct
+from kdcache.stream.batches import Wanted
 from kdcache.stream.epochs import Epochs, Windows
 from kdcache.stream.order import Order, WindowedOrder
 
@@ -29,6 +30,7 @@ NUM_THREADS = 2
 """Threads that decode. Decompressing leaves the interpreter to others, so that training goes on beside them."""
 _PIECES_A_WINDOW = 8
 """Pieces that are handed to the threads: to hand over a block by itself would cost a tenth of decoding it."""
+_HELD_WINDOWS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,35 +51,40 @@ class WindowedRows:
     epochs: Epochs
     windows: Windows
     teachers: Sequence[str] | None = None
+    _room: list[_Room] = field(default_factory=list, init=False, repr=False)
 
     tier = "windows"
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the two windows that are held, without the blocks into which examples reach."""
-        return 2 * self.windows.window_bytes
+        """Bytes of the windows that are held: one that is decoded, one that is given, one of which batches are in use.
 
-    def reading(self, order: Order) -> _Reading:
-        """Begin an epoch."""
+        Of several ranks each holds its own rows alone, and so its part of this.
+        """
+        return _HELD_WINDOWS * self.windows.window_bytes
+
+    def reading(self, order: Order, wanted: Wanted) -> _Reading:
+        """Begin an epoch, of which only the wanted positions will be read."""
         if not isinstance(order, WindowedOrder):
             raise TypeError(f"windows are read in a WindowedOrder, not in a {type(order).__name__}")
-        return _Reading(self, order)
+        if not self._room:
+            self._room.append(_Room(self.cache.codes_readers(teachers=self.teachers)))
+        return _Reading(self, order, wanted, self._room[0])
 
 
 class _Reading:
-    """An epoch's rows, read forwards: a window's arrays are another's as soon as the one behind it is asked for."""
+    """An epoch's rows, read forwards."""
 
-    def __init__(self, source: WindowedRows, order: WindowedOrder) -> None:
+    def __init__(self, source: WindowedRows, order: WindowedOrder, wanted: Wanted, room: _Room) -> None:
         self._source = source
         self._order = order
-        self._readers = source.cache.codes_readers(teachers=source.teachers)
-        self._reach = _reach(source.epochs, source.windows.block_rows)
+        self._wanted = wanted
+        self._room = room
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-windows")
         self._windows: dict[int, _Window] = {}
-        self._free: list[list[np.ndarray]] = []
 
-    def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:
-        """Read rows by number, int64 [row], of examples at positions of the epoch, int64 [row], which ascend.
+    def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002 - they follow from positions
+        """Give the rows of examples at neighbouring wanted positions of the epoch, int64 [example].
 
         Raises
         ------
@@ -85,11 +92,13 @@ class _Reading:
             A shard is missing, torn or altered, or holds no data where a row should be.
         """
         windows = self._order.window_of(positions)
-        edges = [0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(rows)]
-        parts = [self._window(int(windows[start])).rows(rows[start:end]) for start, end in itertools.pairwise(edges)]
-        codes = parts[0] if len(parts) == 1 else [torch.cat(_movable(same)) for same in zip(*parts, strict=True)]
-        typed = [part.view(first.dtype) for part, first in zip(codes, parts[0], strict=True)]
-        return self._source.cache.wrap(typed, teachers=self._source.teachers)
+        edges = [0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(positions)]
+        parts = [
+            self._window(int(windows[start])).rows(int(positions[start]), int(positions[end - 1]))
+            for start, end in itertools.pairwise(edges)
+        ]
+        codes = parts[0] if len(parts) == 1 else [_joined(same) for same in zip(*parts, strict=True)]
+        return self._source.cache.wrap(codes, teachers=self._source.teachers)
 
     def close(self) -> None:
         """End the threads; what they are at is finished, the rest left."""
@@ -97,76 +106,84 @@ class _Reading:
 
     def _window(self, index: int) -> _Window:
         for earlier in [held for held in self._windows if held < index]:
-            self._free.append(self._windows.pop(earlier).done())
-        for wanted in range(index, min(index + 2, self._order.num_windows)):
-            if wanted not in self._windows:
-                self._windows[wanted] = self._load(wanted)
+            self._windows.pop(earlier).done()
+        for needed in range(index, min(index + 2, self._order.num_windows)):
+            if needed not in self._windows:
+                self._windows[needed] = self._load(needed)
         return self._windows[index]
 
     def _load(self, index: int) -> _Window:
-        block_rows = self._source.windows.block_rows
-        blocks = np.sort(self._order.blocks_of(index))
-        if self._reach is not None:
-            blocks = distinct(np.concatenate([np.arange(block, self._reach[block] + 1) for block in blocks]))
-        arrays = self._arrays(len(blocks) * block_rows)
-        first_row = self._source.epochs.joined.view_index * self._source.cache.document.padded_rows
-        pieces = np.array_split(np.arange(len(blocks)), min(len(blocks), _PIECES_A_WINDOW))
-        futures = [self._pool.submit(self._decode, blocks[places], places, first_row, arrays) for places in pieces]
-        return _Window(blocks + first_row // block_rows, block_rows, arrays, futures)
-
-    def _decode(self, blocks: np.ndarray, places: np.ndarray, first_row: int, arrays: list[np.ndarray]) -> None:
-        block_rows = self._source.windows.block_rows
-        for block, place in zip(blocks.tolist(), places.tolist(), strict=True):
-            for reader, array in zip(self._readers, arrays, strict=True):
-                room = array[place * block_rows : (place + 1) * block_rows]
-                reader.read_block(first_row + block * block_rows, room)
-
-    def _arrays(self, num_rows: int) -> list[np.ndarray]:
-        arrays = self._free.pop() if self._free else None
-        if arrays is None or len(arrays[0]) < num_rows:
-            arrays = [_room(reader, num_rows) for reader in self._readers]
-        return arrays
+        positions = self._wanted.within(*self._order.positions_of(index))
+        epochs = self._source.epochs
+        rows, num_rows = epochs.joined.rows_of(epochs.indices_at(self._order, positions))
+        arrays = self._room.take(len(rows))
+        places = np.argsort(rows, kind="stable")
+        pieces = _cut_between_blocks(rows[places], self._source.windows.block_rows)
+        loading = [
+            self._pool.submit(reader.scatter, rows[places[piece]], array, places[piece])
+            for piece in pieces
+            for reader, array in zip(self._room.readers, arrays, strict=True)
+        ]
+        return _Window(positions, np.concatenate([[0], np.cumsum(num_rows)]), arrays, loading)
 
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """Blocks side by side in arrays, ascending, and what is still being decoded of them."""
+    """A window's rows in the order of the epoch, one array a teacher, and what is still being decoded of them."""
 
-    blocks: np.ndarray
-    block_rows: int
+    positions: np.ndarray
+    first_rows: np.ndarray
     arrays: list[np.ndarray]
     loading: list[Future[None]]
 
-    def rows(self, rows: np.ndarray) -> list[Tensor]:
-        """Copy rows out of the arrays, once all are decoded."""
+    def rows(self, first_position: int, last_position: int) -> list[Tensor]:
+        """Give the rows of neighbouring positions, once all of the window are decoded."""
         self.done()
-        places = np.searchsorted(self.blocks, rows // self.block_rows) * self.block_rows + rows % self.block_rows
-        index = torch.from_numpy(places)
-        return [select_rows(torch.from_numpy(array), index) for array in self.arrays]
+        start, end = np.searchsorted(self.positions, [first_position, last_position])
+        return [torch.from_numpy(array[self.first_rows[start] : self.first_rows[end + 1]]) for array in self.arrays]
 
-    def done(self) -> list[np.ndarray]:
-        """Wait for all blocks, and give the arrays."""
+    def done(self) -> None:
+        """Wait for all rows."""
         while self.loading:
             self.loading[-1].result()
             self.loading.pop()
-        return self.arrays
 
 
-def _reach(epochs: Epochs, block_rows: int) -> np.ndarray | None:
-    """Give for every block of the view the last one in which an example of it has rows, int64 [block], or None."""
-    if epochs.joined.has_single_rows:
-        return None
-    padded_rows = epochs.joined.cache.document.padded_rows
-    reach = np.arange(padded_rows // block_rows)
-    first_rows, num_rows = epochs.joined.places_of(epochs.examples)
-    first_rows = first_rows % padded_rows
-    np.maximum.at(reach, first_rows // block_rows, (first_rows + num_rows - 1) // block_rows)
-    return reach
+@dataclass(eq=False)
+class _Room:
+    """Arrays for windows, one a teacher; taken again once no batch, and nothing made of one, shares their memory."""
+
+    readers: Sequence[CodesReader]
+    sets: list[list[np.ndarray]] = field(default_factory=list)
+
+    def take(self, num_rows: int) -> list[np.ndarray]:
+        """Give arrays [row, column] that nobody else reads."""
+        unused = [arrays for arrays in self.sets if _are_unused(arrays)]
+        self.sets = [arrays for arrays in self.sets if not any(arrays is other for other in unused)]
+        fitting = [arrays for arrays in unused if len(arrays[0]) >= num_rows]
+        arrays = fitting[0] if fitting else [_empty(reader, num_rows) for reader in self.readers]
+        self.sets.append(arrays)
+        return [array[:num_rows] for array in arrays]
 
 
-def _room(reader: CodesReader, num_rows: int) -> np.ndarray:
+def _are_unused(arrays: list[np.ndarray]) -> bool:
+    """Tell whether nothing but the list refers to its arrays: every view of an array, and every tensor, does."""
+    return all(sys.getrefcount(arrays[place]) <= 2 for place in range(len(arrays)))
+
+
+def _empty(reader: CodesReader, num_rows: int) -> np.ndarray:
     return np.empty((num_rows, reader.spec.num_columns), reader.spec.little)
 
 
-def _movable(parts: Sequence[Tensor]) -> list[Tensor]:
-    return [part.view(torch.int16) if part.dtype == torch.uint16 else part for part in parts]
+def _cut_between_blocks(rows: np.ndarray, block_rows: int) -> list[slice]:
+    """Cut ascending rows into a few pieces, none within a block, so that no chunk is decoded twice."""
+    edges = np.flatnonzero(np.diff(rows // block_rows)) + 1
+    step = max(1, (len(edges) + 1) // _PIECES_A_WINDOW)
+    cuts = [0, *edges[step - 1 :: step].tolist(), len(rows)]
+    return [slice(start, end) for start, end in itertools.pairwise(cuts) if start < end]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].dtype == torch.uint16:  # not every operation knows it
+        return torch.cat([part.view(torch.int16) for part in parts]).view(torch.uint16)
+    return torch.cat(list(parts))
