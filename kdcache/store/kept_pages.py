@@ -15,13 +15,13 @@ import hashlib
 import os
 import secrets
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
 
 from kdcache.errors import OptionError, StoreError
+from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects
 
 PAGE_BYTES = 2**20
@@ -57,7 +57,7 @@ class KeptPages:
         self._identity = identity
         self._max_bytes = max_bytes
         self._num_bytes: int | None = None
-        self._lock = threading.Lock()
+        self._lock = OwnLock()
 
     @property
     def address(self) -> str:

@@ -11,7 +11,6 @@ __all__ = ["CacheStore", "PublishedShard"]
 import functools
 import hashlib
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +25,7 @@ from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
 from kdcache.store.index_files import index_digest, open_index, publish_index
+from kdcache.store.locks import OwnLock
 from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
@@ -61,7 +61,7 @@ class CacheStore:
         self._files = CacheFiles(objects)
         self._index: IdIndex | None = None
         self._columns: ExampleColumns | None = None
-        self._lock = threading.Lock()
+        self._lock = OwnLock()
 
     @classmethod
     def at(cls, address: str | os.PathLike[str]) -> Self:
