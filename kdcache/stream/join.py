@@ -17,7 +17,7 @@ from kdcache.soft_targets import SoftTargets
 from kdcache.stream.batch_checks import BatchChecks
 from kdcache.stream.batch_forms import Key, Put, entry_of, moved_like, values_of, with_soft_targets
 from kdcache.stream.look_ahead import AnnouncingBatchSampler, LookAhead, announcing_copy, ids_by_position
-from kdcache.stream.rows_by_id import FoundRows, RowsById
+from kdcache.stream.rows_by_id import FoundRows, RowsById, RowsByPosition
 from kdcache.stream.transfer import DeviceTransfer
 
 _STATE_METHODS = ("state_dict", "load_state_dict")
@@ -118,16 +118,17 @@ class JoinedBatches:
     ) -> None:
         self.loader = loader
         self._key, self._name, self._put = key, name, put
-        self._ids_by_position = ids_by_position(loader, example_ids)
+        ids = ids_by_position(loader, example_ids)
         self._rows = RowsById(
             cache, view_index=view_index, teachers=teachers, allow_repeats=allow_repeats,
             max_resident_bytes=max_resident_bytes,
         )  # fmt: skip
+        self._by_position = None if ids is None else RowsByPosition(self._rows, ids)
         self._checks = BatchChecks(self._rows, input_key=input_key, label_key=label_key)
         self._transfer = DeviceTransfer(device)
         self._iterated: Iterable[Any] = loader
         self._sampler: AnnouncingBatchSampler | None = None
-        if self._ids_by_position is not None:
+        if self._by_position is not None:
             self._iterated, self._sampler = announcing_copy(loader)  # type: ignore[arg-type]  # it is a DataLoader
         self._is_used_up = False
 
@@ -181,7 +182,10 @@ class JoinedBatches:
         self._is_used_up = self.loader is self._iterated and isinstance(self.loader, Iterator)
 
     def _look_ahead(self) -> LookAhead[_ReadRows] | nullcontext[None]:
-        return nullcontext() if self._ids_by_position is None else LookAhead(self._ids_by_position, self._read_ahead)
+        if self._by_position is None:
+            return nullcontext()
+        find = self._by_position.find
+        return LookAhead(self._by_position.ids, lambda positions: self._read(find(positions)))
 
     def _begun(self, ahead: LookAhead[_ReadRows] | None) -> Iterator[Any]:
         if self._sampler is None:
@@ -191,9 +195,6 @@ class JoinedBatches:
             return iter(self._iterated)  # a loader with workers begins its sampler twice here, and drops the first
         finally:
             self._sampler.listener = None
-
-    def _read_ahead(self, ids: np.ndarray) -> _ReadRows:
-        return self._read(self._rows.find(ids, where="a batch to come"))
 
     def _read(self, found: FoundRows) -> _ReadRows:
         return _ReadRows(found, *self._transfer.send((self._rows.read(found),)))

@@ -35,8 +35,8 @@ class LookAhead(Generic[Read]):
     ----------
     ids : ndarray [example] of int64 or object
         The id at each position of the dataset.
-    read : callable (ids) -> what is read
-        Called in the thread.
+    read : callable (positions) -> what is read
+        Called in the thread, with positions in the dataset.
     """
 
     def __init__(self, ids: np.ndarray, read: Callable[[np.ndarray], Read]) -> None:
@@ -55,8 +55,11 @@ class LookAhead(Generic[Read]):
 
     def announce(self, indices: Any) -> None:
         """Begin to read what stands at some positions, or note that a batch comes of which nothing is known."""
-        ids = self._ids_at(indices)
-        self._waiting.append(None if ids is None else _Announced(ids, self._pool.submit(self._read, ids)))
+        positions = self._positions(indices)
+        if positions is None:
+            self._waiting.append(None)
+        else:
+            self._waiting.append(_Announced(self._ids[positions], self._pool.submit(self._read, positions)))
 
     def take(self, ids: np.ndarray) -> Read | None:
         """Give what was read for exactly these ids, in this order; None where it was not.
@@ -72,8 +75,8 @@ class LookAhead(Generic[Read]):
             oldest.reading.cancel()
         return None
 
-    def _ids_at(self, indices: Any) -> np.ndarray | None:
-        """Give the ids at positions; None of what are no positions in the dataset, which a sampler may well give."""
+    def _positions(self, indices: Any) -> np.ndarray | None:
+        """Give positions as an array; None of what are no positions in the dataset, which a sampler may well give."""
         try:
             positions = np.asarray(indices)
         except (TypeError, ValueError, RuntimeError):
@@ -82,8 +85,7 @@ class LookAhead(Generic[Read]):
             return None
         if int(positions.min()) < -len(self._ids) or int(positions.max()) >= len(self._ids):
             return None
-        ids: np.ndarray = self._ids[positions]
-        return ids
+        return positions
 
 
 def _read_or_none(reading: Future[Any]) -> Any | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FoundRows", "RowsById"]
+__all__ = ["FoundRows", "RowsById", "RowsByPosition"]
 
 from collections import Counter
 from collections.abc import Sequence
@@ -123,6 +123,41 @@ class RowsById:
         """Give the examples' places in the cache's row order, int64 [example]."""
         in_view: np.ndarray = found.first_row % self.cache.document.padded_rows
         return in_view if self._has_single_rows else np.searchsorted(self.cache.first_rows, in_view)
+
+
+class RowsByPosition:
+    """The rows of the examples at positions of a dataset: looked up once, when they are first asked for.
+
+    Looking ids up costs more than reading rows that are in memory, and an example comes again in every epoch.
+
+    Parameters
+    ----------
+    rows : RowsById
+    ids : ndarray [example] of int64 or object
+        The id at each position. Some may be unknown to the cache, as long as nobody asks for them.
+    """
+
+    def __init__(self, rows: RowsById, ids: np.ndarray) -> None:
+        self.ids = ids
+        self._rows = rows
+        self._first_row = np.full(len(ids), -1, np.int64)
+        self._num_rows = np.zeros(len(ids), np.int32)
+
+    def find(self, positions: np.ndarray) -> FoundRows:
+        """Find the rows of the examples at some positions, int64 [example].
+
+        Raises
+        ------
+        UnknownExampleError
+            An id is not in the cache.
+        """
+        ids, first_row = self.ids[positions], self._first_row[positions]
+        if not (first_row < 0).any():
+            return FoundRows(ids, first_row, self._num_rows[positions])
+        found = self._rows.find(ids, where="a batch to come")
+        self._num_rows[positions] = found.num_rows  # before the rows, by which another thread knows that both are there
+        self._first_row[positions] = found.first_row
+        return found
 
 
 def _refuse_repeats(ids: np.ndarray, where: str) -> None:

@@ -137,6 +137,23 @@ def test_an_iterable_dataset_is_joined(cache):
     assert (all_joined(joined), joined.looks_ahead) == (True, False)
 
 
+def test_a_loader_that_accelerate_prepared_is_joined(cache):
+    from accelerate import Accelerator
+
+    prepared = Accelerator(cpu=True).prepare(loader_of(shuffle=True))
+    joined = cache.join(prepared)
+    assert (all_joined(joined), joined.looks_ahead) == (True, False)
+
+
+def test_rows_that_are_not_built_yet_are_masked(tmp_path):
+    folder = tmp_path / "cache"
+    echo_cache(folder)
+    (folder / "complete.json").unlink()
+    (folder / "commits" / "echo" / "0.json").unlink()
+    (batch,) = open_cache(folder, allow_incomplete=True).join(one_batch([3, 20]))
+    assert batch["soft_targets"].available.tolist() == [False, True]
+
+
 def test_the_order_is_that_of_the_loader_alone(cache):
     torch.manual_seed(3)
     alone = numbers_of(loader_of(shuffle=True))

@@ -295,6 +295,34 @@ def test_a_narrower_student_is_refused(labelled_texts, train):
         first_step(trainer)
 
 
+def target_batch(examples):
+    """Sources that are longer than their targets, and padded at the left; targets are the texts."""
+    batch = padded_batch(examples)
+    sources = [[0] * 4 + [1] * len(example["input_ids"]) for example in examples]
+    width = max(len(source) for source in sources)
+    mask = torch.tensor([[0] * (width - len(source)) + source for source in sources])
+    return {"input_ids": mask.clone(), "attention_mask": mask, "labels": batch["labels"]}
+
+
+def test_an_encoder_decoders_rows_are_its_targets(texts, train):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=NUM_CLASSES, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2,
+        dropout_rate=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    trainer = train(
+        model, text_dataset(), cache=texts, data_collator=target_batch, soft_weight=1.0, unlabelled_rows="ignore"
+    )
+    (loss,) = first_step(trainer)
+    logits = model(**target_batch([{"input_ids": tokens_of(index)} for index in range(4)])).logits
+    rows = [logits[index, : LENGTHS[index]] for index in range(4)]
+    expected = kdcache.distillation_loss(
+        torch.cat(rows), texts.read([name_of(index) for index in range(4)]), temperature=2.0, soft_weight=1.0
+    )
+    torch.testing.assert_close(loss, expected)
+
+
 # Columns and ids ------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +341,13 @@ def test_a_collator_may_be_changed_later(texts, train):
 
 def test_columns_may_all_be_kept(texts, train):
     arguments = {"remove_unused_columns": False}
+    (loss,) = first_step(train(causal_model(), text_dataset(), cache=texts, arguments=arguments))
+    (expected,) = first_step(train(causal_model(), text_dataset(), cache=texts))
+    assert loss == expected
+
+
+def test_workers_of_the_dataloader_change_nothing(texts, train):
+    arguments = {"dataloader_num_workers": 2}
     (loss,) = first_step(train(causal_model(), text_dataset(), cache=texts, arguments=arguments))
     (expected,) = first_step(train(causal_model(), text_dataset(), cache=texts))
     assert loss == expected
