@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass
@@ -109,6 +110,17 @@ def test_workers_of_the_loader_change_nothing(cache, context, num_workers):
 def test_persistent_workers_serve_every_epoch(cache):
     joined = cache.join(loader_of(shuffle=True, num_workers=2, persistent_workers=True))
     assert all(all_joined(joined) for _ in range(3))
+
+
+def with_process(number, example_id):
+    return {**mapping_item(number, example_id), "process": os.getpid()}
+
+
+def test_persistent_workers_are_the_same_in_every_epoch(cache):
+    joined = cache.join(loader_of(Examples(item=with_process), num_workers=2, persistent_workers=True))
+    processes = [{number for batch in joined for number in batch["process"].tolist()} for _ in range(2)]
+    assert processes[0] == processes[1]
+    assert os.getpid() not in processes[0]
 
 
 def test_persistent_workers_survive_an_epoch_that_is_left_early(cache):

@@ -214,6 +214,19 @@ def test_a_classifiers_loss_is_both_terms(labelled_texts, train, label_smoothing
     torch.testing.assert_close(loss, 0.3 * soft + 0.7 * own)
 
 
+def doubled_loss(outputs, labels, num_items_in_batch=None):
+    flat = labels.flatten()
+    return 2 * nn.functional.cross_entropy(outputs.logits.flatten(0, 1), flat, reduction="sum") / num_items_in_batch
+
+
+def test_a_loss_function_of_ones_own_is_the_hard_term(texts, train):
+    options = {"cache": texts, "compute_loss_func": doubled_loss}
+    losses = first_step(train(causal_model(), text_dataset(), **options), num_batches=2)
+    own = first_step(train(causal_model(), text_dataset(), kind=transformers.Trainer, **options), num_batches=2)
+    soft = torch.cat(soft_terms(causal_model(), range(8))).mean()
+    torch.testing.assert_close(sum(losses), 0.3 * soft + 0.7 * sum(own))
+
+
 def test_without_a_hard_term_no_labels_are_needed(labelled_texts, train):
     dataset = labelled_dataset().remove_columns("labels")
     trainer = train(classifier(), dataset, cache=labelled_texts, data_collator=unlabelled_batch, soft_weight=1.0)
