@@ -7,6 +7,7 @@ __all__ = ["SoftTargetCache", "open_cache"]
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from kdcache.documents import (
     TeacherDocument,
 )
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
+from kdcache.row_selection import select_rows
 from kdcache.soft_targets import SoftTargets
-from kdcache.store import CacheSizes, CacheStore, CodesReader
+from kdcache.store import CacheSizes, CacheStore, CodesReader, KeptPages, LocalCopy, ResidentCodes
 
 if TYPE_CHECKING:
     import zarr
@@ -33,11 +35,18 @@ if TYPE_CHECKING:
     from kdcache.stream.join import JoinedBatches
 
 
+LOCAL_CACHE_BYTES = 10 * 2**30
 MAX_HELD_DIGESTS = 2**22
 """Input digests, of 16 bytes each, that are held in memory whole."""
 
 
-def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = False) -> SoftTargetCache:
+def open_cache(
+    address: str | os.PathLike[str],
+    *,
+    allow_incomplete: bool = False,
+    local_cache: str | os.PathLike[str] | None = None,
+    local_cache_bytes: int = LOCAL_CACHE_BYTES,
+) -> SoftTargetCache:
     """Open a cache for reading; nothing but its documents is read.
 
     Parameters
@@ -46,13 +55,20 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
         Where the cache stands.
     allow_incomplete : bool
         Open a cache whose build has not finished; what is read then carries a mask of the rows that are there.
+    local_cache : path, optional
+        Local folder in which parts of a finished cache are kept as they are read, still compressed: for one that lies
+        far away. Several caches and processes may share it.
+    local_cache_bytes : int
+        What that folder may take, at least 16 MiB; what was used longest ago is dropped.
 
     Raises
     ------
     CacheNotFoundError
         No cache stands there.
     IncompleteCacheError
-        The build has not finished.
+        The build has not finished; or it has not, and parts were to be kept locally.
+    OptionError
+        `local_cache_bytes` is below 16 MiB.
     DocumentError
         A document of the cache breaks its schema, or is of a format version that this release cannot read.
     CorruptCacheError
@@ -76,7 +92,15 @@ def open_cache(address: str | os.PathLike[str], *, allow_incomplete: bool = Fals
             "member would give other soft targets. Nothing was changed. "
             f"Run `kdcache verify {store.address}` to see all damage; bring the files back, or build the cache anew"
         )
-    return SoftTargetCache(store, document, complete, teachers)
+    cache = SoftTargetCache(store, document, complete, teachers)
+    return cache if local_cache is None else _kept_locally(cache, local_cache, local_cache_bytes)
+
+
+def _kept_locally(cache: SoftTargetCache, folder: str | os.PathLike[str], max_bytes: int) -> SoftTargetCache:
+    cache.require_complete("kept locally")
+    identity = "" if cache.complete is None else cache.complete.digest()
+    pages = KeptPages(cache.store.objects, folder, identity=identity, max_bytes=max_bytes)
+    return SoftTargetCache(CacheStore(pages), cache.document, cache.complete, cache.teachers)
 
 
 class SoftTargetCache:
@@ -103,7 +127,7 @@ class SoftTargetCache:
         self.complete = complete
         self.teachers = dict(teachers)
         self._store = store
-        self._resident: dict[str, Tensor] = {}
+        self._resident: dict[str, ResidentCodes] = {}
 
     def __repr__(self) -> str:
         return (
@@ -113,6 +137,11 @@ class SoftTargetCache:
 
     def __len__(self) -> int:
         return self.num_examples
+
+    @property
+    def store(self) -> CacheStore:
+        """The stored parts."""
+        return self._store
 
     @property
     def address(self) -> str:
@@ -300,11 +329,89 @@ class SoftTargetCache:
         int
             Bytes held.
         """
-        self._refuse_incomplete("held in memory")
-        for name in self._chosen(teachers):
+        for codes in self.resident_codes(teachers=teachers):
+            codes.fill_all()
+        return sum(resident.codes.nbytes for resident in self._resident.values())
+
+    def resident_codes(self, *, teachers: Sequence[str] | None = None) -> tuple[ResidentCodes, ...]:
+        """Take room in memory for teachers' codes; each fills itself as rows are asked for.
+
+        Raises
+        ------
+        IncompleteCacheError
+            The build has not finished.
+        UnknownTeacherError
+            A teacher is not in the cache.
+        """
+        self.require_complete("held in memory")
+        names = self._chosen(teachers)
+        for name in names:
             if name not in self._resident:
-                self._resident[name] = torch.from_numpy(self._reader(name).read_all())
-        return sum(codes.nbytes for codes in self._resident.values())
+                num_rows = self.document.padded_rows * self.num_views
+                self._resident[name] = ResidentCodes(self._reader(name), num_rows)
+        return tuple(self._resident[name] for name in names)
+
+    def copy_to(
+        self, folder: str | os.PathLike[str], *, teachers: Sequence[str] | None = None
+    ) -> tuple[LocalCopy, ...]:
+        """Open uncompressed copies of teachers' codes in a local folder; make those that are not there.
+
+        Raises
+        ------
+        CorruptCacheError
+            A shard is missing, torn or altered, or a copy is.
+        IncompleteCacheError
+            The build has not finished.
+        StoreError
+            The folder cannot be written to, or is full.
+        UnknownTeacherError
+            A teacher is not in the cache.
+        """
+        self.require_complete("copied")
+        digests = {} if self.complete is None else {item.name: item.data_digest for item in self.complete.teachers}
+        num_rows = self.document.padded_rows * self.num_views
+        return tuple(
+            LocalCopy.of(Path(folder), self._reader(name), data_digest=digests[name], num_rows=num_rows)
+            for name in self._chosen(teachers)
+        )
+
+    def codes_readers(self, *, teachers: Sequence[str] | None = None) -> tuple[CodesReader, ...]:
+        """Give the readers of teachers' stored codes.
+
+        Raises
+        ------
+        UnknownTeacherError
+            A teacher is not in the cache.
+        """
+        return tuple(self._reader(name) for name in self._chosen(teachers))
+
+    def wrap(
+        self,
+        codes: Sequence[Tensor],
+        *,
+        teachers: Sequence[str] | None = None,
+        available: Tensor | None = None,
+        num_rows: Tensor | None = None,
+    ) -> SoftTargets:
+        """Make soft targets of codes [row, column] that were read by other ways, one a teacher.
+
+        Raises
+        ------
+        CodecError, ShapeError
+            The codes are not such as the teachers' codecs read.
+        UnknownTeacherError
+            A teacher is not in the cache.
+        """
+        names = self._chosen(teachers)
+        device = codes[0].device if codes else torch.device("cpu")
+        return SoftTargets(
+            codes=tuple(codes),
+            decoders=tuple(self._decoder(name).to(device) for name in names),
+            teacher_names=tuple(names) if self.document.merge is None else self._member_names,
+            merge=self.document.merge,
+            available=available,
+            num_rows=num_rows,
+        )
 
     def coded_bytes(self, *, teachers: Sequence[str] | None = None) -> int:
         """Bytes that `hold_in_memory` would take, before anything is read."""
@@ -338,7 +445,7 @@ class SoftTargetCache:
         UnknownTeacherError
             A teacher is not in the cache.
         """
-        self._refuse_incomplete("certified")
+        self.require_complete("certified")
         divisor = checked_temperature(temperature)
         names = self._chosen(teachers)
         targets = [guarded_kl(self.teachers[name].codec) for name in names]
@@ -357,7 +464,7 @@ class SoftTargetCache:
         IncompleteCacheError
             The build has not finished.
         """
-        self._refuse_incomplete("opened as Zarr")
+        self.require_complete("opened as Zarr")
         return self._store.zarr_group()
 
     def _rows_of(self, example_ids: Any, view_index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -375,11 +482,9 @@ class SoftTargetCache:
     def _read(self, rows: np.ndarray, teachers: Sequence[str] | None, num_rows: np.ndarray | None) -> SoftTargets:
         names = self._chosen(teachers)
         available = None if self.complete is not None else self._available(rows, names)
-        return SoftTargets(
-            codes=tuple(self._codes(name, rows, available) for name in names),
-            decoders=tuple(self._decoder(name) for name in names),
-            teacher_names=tuple(names) if self.document.merge is None else self._member_names,
-            merge=self.document.merge,
+        return self.wrap(
+            [self._codes(name, rows, available) for name in names],
+            teachers=names,
             available=None if available is None else torch.from_numpy(available),
             num_rows=None if num_rows is None else torch.from_numpy(num_rows),
         )
@@ -391,7 +496,8 @@ class SoftTargetCache:
     def _codes(self, name: str, rows: np.ndarray, available: np.ndarray | None) -> Tensor:
         if name in self._resident:
             self._refuse_missing(rows)
-            return _select_rows(self._resident[name], rows)
+            self._resident[name].fill(rows)
+            return select_rows(torch.from_numpy(self._resident[name].codes), torch.from_numpy(rows))
         reader = self._reader(name)
         if available is None:
             return torch.from_numpy(reader.read_rows(rows))
@@ -444,7 +550,19 @@ class SoftTargetCache:
             )
         return names
 
-    def _refuse_incomplete(self, what: str) -> None:
+    def require_complete(self, what: str) -> None:
+        """Refuse what an unfinished cache is no good for.
+
+        Parameters
+        ----------
+        what : str
+            Such as "certified": what the cache cannot be.
+
+        Raises
+        ------
+        IncompleteCacheError
+            The build has not finished.
+        """
         if self.complete is None:
             raise IncompleteCacheError(
                 f"cache {self.address} is not complete, so it cannot be {what}; run its build again to finish it"
@@ -456,11 +574,3 @@ def _teacher_names(store: CacheStore, complete: CompleteDocument | None) -> Sequ
         return [teacher.name for teacher in complete.teachers]
     plans = store.plans()
     return plans[-1].stored_names if plans else ()
-
-
-def _select_rows(codes: Tensor, rows: np.ndarray) -> Tensor:
-    """Gather rows; index_select is several times faster than indexing, and knows no uint16."""
-    index = torch.from_numpy(rows)
-    if codes.dtype == torch.uint16:
-        return codes.view(torch.int16).index_select(0, index).view(torch.uint16)
-    return codes.index_select(0, index)

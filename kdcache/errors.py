@@ -33,6 +33,7 @@ __all__ = [
     "TransferSetError",
     "UnknownExampleError",
     "UnknownTeacherError",
+    "WorkerError",
     "WrongClassCountError",
 ]
 
@@ -177,3 +178,7 @@ class InputMismatchError(KdcacheError, ValueError):
 
 class MergedCacheError(KdcacheError, ValueError):
     """A cache that keeps only the members' mean was asked for something that needs the members."""
+
+
+class WorkerError(KdcacheError, RuntimeError):
+    """A worker process that read inputs died."""

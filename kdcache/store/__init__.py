@@ -10,14 +10,20 @@ __all__ = [
     "CacheStore",
     "CodesReader",
     "ExampleTable",
+    "KeptPages",
+    "LocalCopy",
     "LocalObjects",
     "Objects",
     "PublishedShard",
+    "ResidentCodes",
     "open_objects",
 ]
 
 from kdcache.store.examples import ExampleTable
+from kdcache.store.kept_pages import KeptPages
+from kdcache.store.local_copy import LocalCopy
 from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.reader import CodesReader
+from kdcache.store.resident import ResidentCodes
 from kdcache.store.sizes import CacheSizes
 from kdcache.store.store import CacheStore, PublishedShard

@@ -278,8 +278,12 @@ class ExampleColumns:
             return None
         if column.null_count:
             raise self._place.corrupt(f"{column.null_count} of {len(column)} values of {name} are missing")
+        # Not Arrow's own conversions, which import pandas where it stands; copies, since Arrow's memory is read-only.
+        if column.type == pa.string():
+            return np.array(column.to_pylist(), object)
         if name != "input_digest":
-            return np.array(column.to_numpy(zero_copy_only=False))  # a copy: Arrow's memory is read-only
+            values = np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype())
+            return values[column.offset : column.offset + len(column)].copy()
         start = column.offset * DIGEST_BYTES
         digests = np.frombuffer(column.buffers()[1], np.uint8)[start : start + len(column) * DIGEST_BYTES]
         return digests.reshape(len(column), DIGEST_BYTES).copy()

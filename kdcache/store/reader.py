@@ -6,7 +6,7 @@ keep every shard's index and the chunks last decoded, in bounded memory, and may
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader"]
+__all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader", "distinct"]
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,10 +23,6 @@ from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_in
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
 """Decoded chunks kept by a reader: a few hundred batches' worth of chunks, little beside any network."""
-_MAX_GAP_BYTES = 32 * 1024
-"""Chunks closer than this are read in one go: skipping less costs more than reading it."""
-_MAX_RANGE_BYTES = 16 * 2**20
-"""No single read takes more memory than this, beyond a chunk of its own."""
 _MISSING = "the shard is missing"
 
 
@@ -110,6 +106,68 @@ class ShardedReader:
         for shard_index, within in _by_shard(missing, self.spec.num_chunks):
             yield from self._read_chunks(shard_index, within)
 
+    def read_block(self, first_row: int, out: npt.NDArray[Any]) -> None:
+        """Decode consecutive rows straight into an array, past the memory of chunks.
+
+        Parameters
+        ----------
+        first_row : int
+            The first row of a chunk.
+        out : ndarray [row, column]
+            C-contiguous, of the stored dtype; whole chunks of one shard.
+
+        Raises
+        ------
+        CorruptCacheError
+            The shard is missing, torn or altered.
+        """
+        chunk_rows = self.spec.chunk_rows
+        shard_index, within = divmod(first_row // chunk_rows, self.spec.num_chunks)
+        chunks = range(within, within + len(out) // chunk_rows)
+        place = self._place_of(shard_index)
+        for chunk_in_shard, stored in self._stored_chunks(shard_index, place, chunks):
+            start = (chunk_in_shard - within) * chunk_rows
+            decode_chunk(stored, self.spec, place=place, out=out[start : start + chunk_rows])
+
+    def scatter(
+        self,
+        rows: npt.NDArray[np.int64],
+        out: npt.NDArray[Any],
+        places: npt.NDArray[np.int64],
+        *,
+        check: Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], None],
+    ) -> None:
+        """Decode rows and put each at a place of its own, while its chunk is at hand, past the memory of chunks.
+
+        Parameters
+        ----------
+        rows : ndarray [row] of int64
+            Row numbers, ascending.
+        out : ndarray [place, column]
+            Of the stored dtype.
+        places : ndarray [row] of int64
+            Where each row goes.
+        check : callable (ndarray [row, column], ndarray [row]) -> None
+            Is given the rows of every chunk, and their numbers, before they are put anywhere.
+
+        Raises
+        ------
+        CorruptCacheError
+            A shard is missing, torn or altered.
+        """
+        decoded = np.empty((self.spec.chunk_rows, self.spec.num_columns), self.spec.little)
+        whole_rows = out.view(f"V{self.spec.row_bytes}")[:, 0]  # rows as single values move twice as quickly
+        positions = by_chunk(rows // self.spec.chunk_rows)
+        for shard_index, within in _by_shard(list(positions), self.spec.num_chunks):
+            place = self._place_of(shard_index)
+            for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
+                wanted = positions[shard_index * self.spec.num_chunks + chunk_in_shard]
+                chunk = decode_chunk(stored, self.spec, place=place, out=decoded)
+                if len(wanted) < len(chunk):
+                    chunk = chunk[rows[wanted] % self.spec.chunk_rows]
+                check(chunk, rows[wanted])
+                whole_rows[places[wanted]] = chunk.view(whole_rows.dtype)[:, 0]
+
     def read_shard(self, shard_index: int, *, num_rows: int | None = None) -> npt.NDArray[Any]:
         """Read a whole shard, or its first `num_rows` rows, in one go and past the memory of chunks."""
         place = self._place_of(shard_index)
@@ -131,20 +189,26 @@ class ShardedReader:
 
     def _read_chunks(self, shard_index: int, within: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         place = self._place_of(shard_index)
-        index = self._index(shard_index, place)
-        for run in _coalesced(within, index):
-            first, last = index[run[0]], index[run[-1]]
-            start, length = int(first[0]), int(last[0] + last[1] - first[0])
-            data = memoryview(self._read_range(place, start, length))
-            if len(data) != length:
-                raise place.corrupt(f"only {len(data)} of {length} bytes from byte {start} could be read")
-            for chunk_in_shard in run:
-                offset, chunk_bytes = index[chunk_in_shard].tolist()
-                chunk = decode_chunk(data[offset - start : offset - start + chunk_bytes], self.spec, place=place)
-                chunk.flags.writeable = False
-                chunk_index = shard_index * self.spec.num_chunks + chunk_in_shard
-                self._chunks.put(chunk_index, chunk, chunk.nbytes)
-                yield chunk_index, chunk
+        for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
+            chunk = decode_chunk(stored, self.spec, place=place)
+            chunk.flags.writeable = False
+            chunk_index = shard_index * self.spec.num_chunks + chunk_in_shard
+            self._chunks.put(chunk_index, chunk, chunk.nbytes)
+            yield chunk_index, chunk
+
+    def _stored_chunks(
+        self, shard_index: int, place: Place, within: Sequence[int]
+    ) -> Iterator[tuple[int, bytes | npt.NDArray[np.uint8]]]:
+        """Yield some of a shard's chunks as they are stored, by their ascending numbers in it."""
+        ranges = self._index(shard_index, place)[list(within)].tolist()
+        try:
+            found = self._objects.read_ranges(place.key, ranges)
+            for chunk_in_shard, (start, length), data in zip(within, ranges, found, strict=True):
+                if len(data) != length:
+                    raise place.corrupt(f"only {len(data)} of {length} bytes from byte {start} could be read")
+                yield chunk_in_shard, data
+        except FileNotFoundError as error:  # deleted since its index was read
+            raise place.corrupt(_MISSING) from error
 
     def _index(self, shard_index: int, place: Place) -> npt.NDArray[np.int64]:
         index = self._indexes.get(shard_index)
@@ -259,28 +323,57 @@ class CodesReader:
         self._refuse_holes(codes, np.arange(len(codes)) + shard_index * self.spec.shard_rows)
         return codes
 
-    def read_all(self) -> npt.NDArray[Any]:
-        """Read every row of every view; padding stays in place, so that row numbers are indexes of the result.
-
-        Returns
-        -------
-        ndarray [row, column]
-            `num_views * padded_rows` rows of codes; the padding holds the fill code.
+    def check_shards(self) -> None:
+        """Check that every shard is there with the bytes of an index at least; none is opened.
 
         Raises
         ------
         CorruptCacheError
+            A shard is missing or too short.
+        """
+        self._reader.check_shards()
+
+    def scatter(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> None:
+        """Decode rows and put each at a place of its own, past the memory of chunks.
+
+        Parameters
+        ----------
+        rows : ndarray [row] of int64
+            Row numbers, views included: different ones, ascending.
+        out : ndarray [place, column]
+            Of the stored dtype.
+        places : ndarray [row] of int64
+            Where each row goes.
+
+        Raises
+        ------
+        ShapeError
+            A row number lies outside the array.
+        CorruptCacheError
             A shard is missing, torn or altered, or holds no data where a row should be.
         """
-        num_shards = self._cache_document.num_shards
-        self._reader.check_shards()  # a cache whose shards are missing must not cost the memory of a whole one
-        shape = (num_shards * self.spec.shard_rows, self.spec.num_columns)
-        codes = np.full(shape, self.spec.fill, dtype=self.spec.little)
-        for shard_index in range(num_shards):
-            rows = self.read_shard(shard_index)
-            start = shard_index * self.spec.shard_rows
-            codes[start : start + len(rows)] = rows
-        return codes
+        check_rows(rows, self._reader.num_rows)
+        self._reader.scatter(rows, out, places, check=self._refuse_holes)
+
+    def read_block(self, first_row: int, out: npt.NDArray[Any]) -> None:
+        """Decode consecutive rows straight into an array; padding holds the fill code.
+
+        Parameters
+        ----------
+        first_row : int
+            Row number, views included: the first row of a chunk.
+        out : ndarray [row, column]
+            C-contiguous, of the stored dtype; whole chunks of one shard.
+
+        Raises
+        ------
+        CorruptCacheError
+            The shard is missing, torn or altered, or holds no data where a row should be.
+        """
+        self._reader.read_block(first_row, out)
+        num_real = self._cache_document.num_rows - first_row % self._cache_document.padded_rows
+        codes = out[: max(0, num_real)]
+        self._refuse_holes(codes, np.arange(len(codes)) + first_row)
 
     def _refuse_holes(self, codes: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
         if not has_fill(codes, self.spec.fill):
@@ -305,18 +398,27 @@ def has_fill(codes: npt.NDArray[Any], fill: float) -> bool:
     """Tell whether the fill code stands anywhere among stored codes; one pass."""
     if codes.size == 0:
         return False
-    if codes.dtype.kind == "f":
-        return bool(np.isnan(codes).any())
+    if codes.dtype.kind == "f":  # by bits, several times quicker than by numbers: NaN stands above infinity
+        infinity = int(np.array(np.inf, codes.dtype).view(f"u{codes.itemsize}"))
+        sign = 1 << (8 * codes.itemsize - 1)
+        highest = int(codes.view(f"<i{codes.itemsize}").max())
+        return highest > infinity or int(codes.view(f"<u{codes.itemsize}").max()) > sign + infinity
     return int(codes.max()) >= int(fill)  # the fill code is the largest integer of its type
 
 
 def by_chunk(chunk_of: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
     """Give the positions at which each chunk number stands, by chunk number, ascending."""
     order = np.argsort(chunk_of, kind="stable")
-    chunks, starts = np.unique(chunk_of[order], return_index=True)
-    return dict(
-        zip(chunks.tolist(), np.split(order, starts[1:]), strict=False)
-    )  # no numbers split into one empty array
+    ascending = chunk_of[order]
+    starts = np.flatnonzero(np.diff(ascending)) + 1
+    chunks = ascending[np.concatenate([[0], starts])] if len(ascending) else ascending
+    return dict(zip(chunks.tolist(), np.split(order, starts), strict=False))  # no numbers split into one empty array
+
+
+def distinct(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Give the different numbers, ascending: `numpy.unique` without what it imports when it is first called."""
+    ascending = np.sort(values)
+    return ascending[np.concatenate([[True], np.diff(ascending) != 0])] if len(ascending) else ascending
 
 
 def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> Iterator[tuple[int, list[int]]]:
@@ -324,19 +426,3 @@ def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> Iterator[tuple[i
     for chunk_index in chunk_indexes:
         groups.setdefault(chunk_index // num_chunks, []).append(chunk_index % num_chunks)
     yield from groups.items()
-
-
-def _coalesced(within: Sequence[int], index: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-    """Group ascending chunks of one shard into runs that are read as one range."""
-    places = index[list(within)]
-    starts, ends = places[:, 0].tolist(), (places[:, 0] + places[:, 1]).tolist()
-    run = [within[0]]
-    run_start = starts[0]
-    for position in range(1, len(within)):
-        near = starts[position] - ends[position - 1] <= _MAX_GAP_BYTES
-        if near and ends[position] - run_start <= _MAX_RANGE_BYTES:
-            run.append(within[position])
-            continue
-        yield run
-        run, run_start = [within[position]], starts[position]
-    yield run

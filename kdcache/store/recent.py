@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Recent"]
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -14,7 +15,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """The values last used; safe between threads, and empty again in another process.
+    """The values last used; safe between threads, and empty again in another process, a forked one too.
 
     Parameters
     ----------
@@ -27,6 +28,7 @@ class Recent(Generic[Key, Value]):
         self._bytes = 0
         self._values: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     def __reduce__(self) -> tuple[type[Recent[Key, Value]], tuple[int]]:
         return type(self), (self._max_bytes,)
@@ -38,7 +40,7 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key) -> Value | None:
         """Give a value and count it as used; None where it is not kept."""
-        with self._lock:
+        with self._own_lock():
             if key not in self._values:
                 return None
             self._values.move_to_end(key)
@@ -46,7 +48,7 @@ class Recent(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value, num_bytes: int) -> None:
         """Keep a value, and drop those used longest ago until all fit."""
-        with self._lock:
+        with self._own_lock():
             if key in self._values or num_bytes > self._max_bytes:
                 return
             self._values[key] = (value, num_bytes)
@@ -54,3 +56,9 @@ class Recent(Generic[Key, Value]):
             while self._bytes > self._max_bytes:
                 _, (_, freed) = self._values.popitem(last=False)
                 self._bytes -= freed
+
+    def _own_lock(self) -> threading.Lock:
+        """Give this process's lock: in a forked one, another thread's may stay locked for ever."""
+        if self._pid != os.getpid():
+            self.__init__(self._max_bytes)  # type: ignore[misc] # as new
+        return self._lock

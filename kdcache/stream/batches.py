@@ -7,10 +7,11 @@ contiguous part of each.
 
 from __future__ import annotations
 
-__all__ = ["GlobalBatches", "Topology"]
+__all__ = ["GlobalBatches", "Topology", "Wanted"]
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import distributed
 
 from kdcache.errors import OptionError, ShapeError
@@ -129,3 +130,33 @@ class GlobalBatches:
                 f"the last of {len(self)} batches has {stop - start} example(s) for {topology.world_size} ranks, so "
                 "that some would have none. Give drop_last=True, or another batch_size"
             )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The positions of an epoch that one rank trains on, from a batch on.
+
+    Parameters
+    ----------
+    batches : GlobalBatches
+    topology : Topology
+    first_batch : int
+    """
+
+    batches: GlobalBatches
+    topology: Topology
+    first_batch: int = 0
+
+    def within(self, start: int, stop: int) -> np.ndarray:
+        """Give those of them from `start` to `stop` - 1, int64 [position], ascending.
+
+        Examples
+        --------
+        >>> Wanted(GlobalBatches(10, 4, drop_last=True), Topology(1, 2)).within(0, 10).tolist()
+        [2, 3, 6, 7]
+        """
+        size = self.batches.batch_size
+        numbers = range(max(start // size, self.first_batch), min(-(-stop // size), len(self.batches)))
+        parts = [self.topology.part(*self.batches.positions(number)) for number in numbers]
+        found = [np.arange(max(first, start), min(last, stop)) for first, last in parts]
+        return np.concatenate([np.empty(0, np.int64), *found])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["JoinedExamples"]
+__all__ = ["JoinedExamples", "ids_as_inputs"]
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +26,8 @@ class JoinedExamples:
     example_ids : sequence of int or str, optional
         Some of the inputs alone; all where absent.
     view_index : int
+    checks_inputs : bool
+        Hold views and inputs against the cache's; nothing to hold where the inputs are the cache's own ids.
 
     Attributes
     ----------
@@ -42,7 +47,13 @@ class JoinedExamples:
     """
 
     def __init__(
-        self, cache: SoftTargetCache, inputs: TransferSet, *, example_ids: object | None, view_index: int
+        self,
+        cache: SoftTargetCache,
+        inputs: TransferSet,
+        *,
+        example_ids: object | None,
+        view_index: int,
+        checks_inputs: bool = True,
     ) -> None:
         self.cache = cache
         self.inputs = inputs
@@ -50,7 +61,9 @@ class JoinedExamples:
         self.indices = np.arange(len(inputs)) if example_ids is None else inputs.indices_of(np.asarray(example_ids))
         if len(self.indices) == 0:
             raise TransferSetError("there are no examples to train on: example_ids is empty")
-        self._check_views()
+        self._checks_inputs = checks_inputs
+        if checks_inputs:
+            self._check_views()
         self._first_row, self._num_rows = self._join()
         self._check_labels()
         self.has_single_rows = bool((self._num_rows[self.indices] == 1).all())
@@ -70,10 +83,14 @@ class JoinedExamples:
         offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
         return np.repeat(first_row, num_rows) + offsets, num_rows
 
-    def first_rows_of(self, indices: np.ndarray) -> np.ndarray:
-        """Give the first row number of examples, int64 [example], by their positions in the inputs."""
-        rows: np.ndarray = self._first_row[indices]
-        return rows
+    def places_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give the first row number of examples, int64 [example], and how many rows each has, int32 [example]."""
+        return self._first_row[indices], self._num_rows[indices]
+
+    @property
+    def most_rows_an_example(self) -> int:
+        """Rows of the chosen example that has most."""
+        return int(self._num_rows[self.indices].max())
 
     def in_storage_order(self) -> np.ndarray:
         """Give the chosen examples' positions in the inputs, as their rows lie in the cache: int64 [example]."""
@@ -82,26 +99,31 @@ class JoinedExamples:
             return self.indices
         return self.indices[np.argsort(first_rows, kind="stable")]
 
-    def first_of_shards(self, stored: np.ndarray) -> np.ndarray:
-        """Give for every shard of the view the first of its examples among `stored`, and behind all their number.
+    def first_of_blocks(self, stored: np.ndarray, block_rows: int) -> np.ndarray:
+        """Give for every block of the view the first of its examples among `stored`, and behind all their number.
 
         Parameters
         ----------
         stored : ndarray [example] of int64
             As `in_storage_order` gives them.
+        block_rows : int
+            Rows of a block. An example belongs to the block in which its first row lies.
 
         Returns
         -------
-        ndarray [shard + 1] of int64
+        ndarray [block + 1] of int64
         """
-        document = self.cache.document
-        first_shard = self.view_index * document.padded_rows // document.shard_rows
-        num_shards = document.padded_rows // document.shard_rows
-        edges = (first_shard + np.arange(num_shards + 1)) * document.shard_rows
+        first_row = self.view_index * self.cache.document.padded_rows
+        edges = first_row + np.arange(0, self.cache.document.padded_rows + 1, block_rows)
         return np.searchsorted(self._first_row[stored], edges)
 
-    def check_digests(self, indices: np.ndarray) -> None:
-        """Read inputs anew and hold them against the digests of what the teachers saw, where a cache keeps them.
+    @property
+    def has_digests(self) -> bool:
+        """Whether inputs can be held against digests of what the teachers saw."""
+        return self._checks_inputs and self.cache.document.has_input_digests
+
+    def check_digests(self, indices: np.ndarray, digests: Sequence[bytes]) -> None:
+        """Hold digests of inputs against those of what the teachers saw.
 
         Raises
         ------
@@ -111,8 +133,8 @@ class JoinedExamples:
         kept = self.cache.input_digests_of(self._example_of_row(self._rows_in_view(indices)))
         if kept is None:
             return
-        for index, digest in zip(indices.tolist(), kept, strict=True):
-            if self.inputs.digest_of(index) != digest.tobytes():
+        for index, found, digest in zip(indices.tolist(), digests, kept, strict=True):
+            if found != digest.tobytes():
                 raise InputMismatchError(
                     f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
                     f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "
@@ -154,7 +176,8 @@ class JoinedExamples:
             )
 
     def _check_labels(self) -> None:
-        ours, theirs = self.inputs.labels, self.cache.labels
+        ours = self.inputs.labels
+        theirs = self.cache.labels if ours is not None and self._checks_inputs else None
         if ours is None or theirs is None:
             return
         examples = self._example_of_row(self._rows_in_view(self.indices))
@@ -176,6 +199,19 @@ class JoinedExamples:
             return first_rows
         found: np.ndarray = np.searchsorted(self.cache.first_rows, first_rows)
         return found
+
+
+def ids_as_inputs(cache: SoftTargetCache) -> TransferSet:
+    """Make a transfer set of a cache's own examples, whose inputs are their ids: a tensor of int64, or a list of str.
+
+    For whoever has the inputs elsewhere, or needs none.
+    """
+    ids = cache.example_ids
+    ends = np.append(cache.first_rows[1:], cache.document.num_rows)
+    options: dict[str, Any] = {"labels": cache.labels, "num_rows": ends - cache.first_rows, "digest_inputs": False}
+    if ids.dtype.kind == "i":
+        return TransferSet.from_arrays(ids, example_ids=ids, **options)
+    return TransferSet(ids, example_ids=ids, collate=list, **options)
 
 
 def _views_in_words(views: tuple[str, int] | None) -> str:

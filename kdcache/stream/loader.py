@@ -4,13 +4,11 @@ from __future__ import annotations
 
 __all__ = ["SoftTargetLoader"]
 
-import functools
-import hashlib
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +17,13 @@ from torch import Tensor
 from kdcache.cache import SoftTargetCache
 from kdcache.errors import OptionError, TransferSetError
 from kdcache.soft_targets import SoftTargets
-from kdcache.stream.batches import GlobalBatches, Topology
-from kdcache.stream.joined import JoinedExamples
-from kdcache.stream.order import Order, SequentialOrder, ShuffledOrder, WindowedOrder
+from kdcache.stream.ahead import made_ahead
+from kdcache.stream.batches import GlobalBatches, Topology, Wanted
+from kdcache.stream.epochs import Epochs, Shuffle, Windows
+from kdcache.stream.inputs import InputBatch, InputReader
+from kdcache.stream.joined import JoinedExamples, ids_as_inputs
+from kdcache.stream.order import Order
+from kdcache.stream.tiers import TIERS, RowReading, Tier, choose_tier, open_tier
 from kdcache.stream.transfer import DeviceTransfer
 from kdcache.transfer_set import TransferSet
 
@@ -29,7 +31,6 @@ RESIDENT_BYTES = 2**31
 """Coded rows up to this size are held in memory, and shuffled as a whole."""
 
 Batch = tuple[Any, Tensor | None, SoftTargets]
-Shuffle = bool | Literal["windowed"]
 
 _ORDER_POSITIONS = 2**14
 """Positions whose examples are found at a time: one by one, calls would cost more than what they do."""
@@ -46,16 +47,19 @@ class SoftTargetLoader:
     Parameters
     ----------
     cache : SoftTargetCache
-    inputs : TransferSet or map-style dataset
-        The students' inputs. A plain dataset's ids are its positions; wrap it in a TransferSet to name them.
+    inputs : TransferSet or map-style dataset, optional
+        The students' inputs. A plain dataset's ids are its positions; wrap it in a TransferSet to name them. Where
+        absent, batches have the cache's example_ids in their place, an int64 tensor or a list of str, for inputs that
+        come from elsewhere.
     batch_size : int
         Examples of a step, of all ranks together.
     seed : int
         Of the shuffle.
     shuffle : bool or "windowed"
-        True draws a permutation of all examples; "windowed" one of shards and, within windows of a few shards, of
-        their examples, so that the cache is read shard by shard. False keeps the transfer set's order. By default a
-        cache is shuffled whole where its coded rows take no more than `max_resident_bytes`, else windowed.
+        True draws a permutation of all examples; "windowed" one of blocks of storage and, within windows of some
+        blocks, of their examples, so that each block is read once an epoch. False keeps the transfer set's order. By
+        default a cache is shuffled whole where its coded rows take no more than `max_resident_bytes` or lie in a local
+        copy, else windowed.
     example_ids : sequence of int or str, optional
         Train on these examples alone; all of `inputs` where absent.
     drop_last : bool
@@ -68,14 +72,27 @@ class SoftTargetLoader:
         This process among those that train together. Those of torch.distributed where it is initialised when an
         iteration begins; else one process alone. Every rank gets a contiguous part of each global batch, and equally
         many batches.
+    num_workers : int
+        Processes that read inputs and make views of them, kept from epoch to epoch; 0 reads on a thread. They never
+        touch the cache. What a dataset draws at random is seeded in them for each batch: the same for any number of
+        workers, and after a restore.
+    start_method : {"fork", "spawn", "forkserver"}, optional
+        How workers are started; Python's default where absent.
+    worker_init : callable () -> None, optional
+        Run once in every worker.
     prefetch_batches : int
-        Batches made ahead of use.
+        Batches made ahead of use; with workers, as many for each of them.
     device : str, optional
         Where batches are copied, ahead of use: inputs, labels and soft targets, which stay coded.
+    tier : {"device", "memory", "mapped", "windows", "scattered"}, optional
+        Where coded rows are taken from; see `kdcache.stream.tiers`. Chosen by what fits where absent.
     max_resident_bytes : int
-        A cache whose coded rows take no more is held in memory; a larger one is read chunk by chunk.
-    window_shards : int, optional
-        Shards of a window of a windowed shuffle. By default as many as a quarter of `max_resident_bytes` holds.
+        A cache whose coded rows take no more is held in memory, or on the device where that has room.
+    window_bytes : int, optional
+        Coded rows of a window of a windowed shuffle; the tier "windows" holds three. By default a sixteenth of
+        the cache, at least 8 MiB and at most 256 MiB.
+    local_copy : path, optional
+        Local folder for an uncompressed copy of the rows, made where it does not stand: the tier "mapped".
 
     Raises
     ------
@@ -86,8 +103,14 @@ class SoftTargetLoader:
     InputMismatchError
         The inputs have other views or labels than the cache; while iterating: an input is not the one that the teachers
         saw.
+    CorruptCacheError
+        While iterating: a shard is missing, torn or altered.
     OptionError
-        An option has a value out of its range.
+        An option has a value out of its range, or needs another.
+    StoreError
+        The local copy cannot be made.
+    WorkerError
+        While iterating: a worker died.
 
     Examples
     --------
@@ -102,7 +125,7 @@ class SoftTargetLoader:
     def __init__(
         self,
         cache: SoftTargetCache,
-        inputs: TransferSet | Any,
+        inputs: TransferSet | Any | None = None,
         *,
         batch_size: int,
         seed: int = 0,
@@ -113,30 +136,51 @@ class SoftTargetLoader:
         teachers: Sequence[str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        num_workers: int = 0,
+        start_method: str | None = None,
+        worker_init: Callable[[], None] | None = None,
         prefetch_batches: int = 2,
         device: str | None = None,
+        tier: Tier | None = None,
         max_resident_bytes: int = RESIDENT_BYTES,
-        window_shards: int | None = None,
+        window_bytes: int | None = None,
+        local_copy: str | Path | None = None,
     ) -> None:
-        if prefetch_batches < 1:
-            raise OptionError(f"prefetch_batches is {prefetch_batches}; at least 1 is needed")
+        _check_options(shuffle, prefetch_batches, tier)
         self.cache = cache
-        self.inputs = inputs if isinstance(inputs, TransferSet) else TransferSet(inputs)
-        self._joined = JoinedExamples(cache, self.inputs, example_ids=example_ids, view_index=view_index)
-        self._epochs = _Epochs.of(
-            self._joined, seed=seed, shuffle=shuffle, teachers=teachers,
-            max_resident_bytes=max_resident_bytes, window_shards=window_shards,
+        self.inputs = _as_transfer_set(cache, inputs)
+        self._joined = JoinedExamples(
+            cache, self.inputs, example_ids=example_ids, view_index=view_index, checks_inputs=inputs is not None
+        )
+        self._transfer = DeviceTransfer(device)
+        chosen, is_windowed = _resolved(
+            tier or choose_tier(
+                cache, teachers=teachers, device=self._transfer.device, max_resident_bytes=max_resident_bytes,
+                local_copy=local_copy,
+            ),
+            shuffle,
+            is_given=tier is not None,
         )  # fmt: skip
+        if window_bytes is not None and not is_windowed:
+            raise OptionError(f"window_bytes is {window_bytes}; it needs shuffle='windowed'")
+        windows = Windows.of(
+            cache, teachers=teachers, window_bytes=window_bytes, most_rows_an_example=self._joined.most_rows_an_example
+        )
+        self._epochs = Epochs.of(
+            self._joined, seed=seed, shuffle=shuffle is not False, windows=windows if is_windowed else None
+        )
         self._batches = GlobalBatches(self._epochs.num_examples, batch_size, drop_last)
         self._topology = (rank, world_size)
         self._batches.check_parts(Topology.current(rank, world_size))
-        self._prefetch_batches = prefetch_batches
+        self._prefetch_batches = prefetch_batches * max(1, num_workers)
         self._labels = None if self.inputs.labels is None else torch.from_numpy(self.inputs.labels)
-        self._transfer = DeviceTransfer(device)
-        self._teachers = teachers
-        self._is_resident = cache.complete is not None and cache.coded_bytes(teachers=teachers) <= max_resident_bytes
-        if self._is_resident:
-            cache.hold_in_memory(teachers=teachers)
+        self._source = open_tier(
+            chosen, cache, self._epochs, teachers=teachers, device=self._transfer.device, local_copy=local_copy
+        )
+        self._reader = InputReader(
+            self.inputs, view_index=view_index, num_workers=num_workers, start_method=start_method,
+            worker_init=worker_init,
+        )  # fmt: skip
         self._epoch, self._start = 0, 0  # what the next iteration gives
         self._position = (0, 0)  # behind the batch given last
 
@@ -156,8 +200,17 @@ class SoftTargetLoader:
 
     @property
     def tier(self) -> str:
-        """Where coded rows are read from: "memory" or "shards"."""
-        return "memory" if self._is_resident else "shards"
+        """Where coded rows are taken from; see `kdcache.stream.tiers`."""
+        return self._source.tier
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of coded rows that are held at most, in this process's memory or on the device, besides batches."""
+        return self._source.held_bytes
+
+    def close(self) -> None:
+        """End the workers. The next iteration starts others; a loader that is no longer needed ends its own."""
+        self._reader.close()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, from its first batch."""
@@ -191,10 +244,12 @@ class SoftTargetLoader:
         self._position = (self._epoch, self._start)
 
     def _order_state(self) -> dict[str, int]:
+        windows = self._epochs.windows
         return {
             "seed": self.seed,
             "shuffle": int(self._epochs.is_shuffled),
-            "window_shards": self._epochs.window_shards or 0,
+            "block_rows": 0 if windows is None else windows.block_rows,
+            "window_blocks": 0 if windows is None else windows.window_blocks,
             "batch_size": self.batch_size,
             "num_examples": self._batches.num_examples,
             "examples": self._epochs.digest,
@@ -208,6 +263,7 @@ class SoftTargetLoader:
         epoch, start, self._start = self._epoch, self._start, 0
         topology = Topology.current(*self._topology)
         self._batches.check_parts(topology)
+        self._reader.start()
         for number, batch in enumerate(self._made_ahead(epoch, start, topology), start=start + 1):
             self._position = (epoch, number)
             yield batch
@@ -215,107 +271,81 @@ class SoftTargetLoader:
         self._position = (self._epoch, 0)
 
     def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
-        """Make batches on one thread, a few ahead of use."""
-        waiting: deque[Future[tuple[Batch, Any]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-loader") as pool:
-            try:
-                for step in self._steps(epoch, start, topology):
-                    waiting.append(pool.submit(self._make, step))
-                    if len(waiting) > self._prefetch_batches:
-                        yield self._transfer.received(*waiting.popleft().result())
-                while waiting:
-                    yield self._transfer.received(*waiting.popleft().result())
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-    def _steps(self, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
-        """Give what each step needs, from a batch on: this rank's examples."""
+        """Make batches on a thread, a few ahead of use."""
         order = self._epochs.order(epoch)
+        steps = self._steps(order, epoch, start, topology)
+        wanted = Wanted(self._batches, topology, start)
+        with contextlib.closing(self._source.reading(order, wanted)) as reading:
+            ahead = made_ahead(
+                lambda step: self._make(step, reading),
+                steps,
+                depth=self._prefetch_batches,
+                one_by_one=self._reader.num_workers > 0,
+            )
+            with contextlib.closing(ahead):
+                for batch, copied in ahead:
+                    yield self._transfer.received(batch, copied)
+
+    def _steps(self, order: Order, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
+        """Give what each step needs, from a batch on: this rank's examples, whose inputs are asked for."""
         at_a_time = max(1, _ORDER_POSITIONS * topology.world_size // self.batch_size)
         for first in range(start, len(self), at_a_time):
-            parts = [
-                topology.part(*self._batches.positions(index))
-                for index in range(first, min(first + at_a_time, len(self)))
-            ]
+            numbers = range(first, min(first + at_a_time, len(self)))
+            parts = [topology.part(*self._batches.positions(number)) for number in numbers]
             positions = np.concatenate([np.arange(*part) for part in parts])
-            indices = np.split(self._epochs.indices_at(order, positions), np.cumsum([b - a for a, b in parts])[:-1])
-            for number, examples in enumerate(indices, start=first):
-                checked = examples if number == start else examples[[int(examples[0]) % len(examples)]]
-                yield _Step(examples, checked)
+            indices = self._epochs.indices_at(order, positions)
+            edges = np.cumsum([stop - begin for begin, stop in parts])[:-1]
+            for number, examples, places in zip(
+                numbers, np.split(indices, edges), np.split(positions, edges), strict=True
+            ):
+                yield self._step(epoch, number, examples, places, is_first=number == start)
 
-    def _make(self, step: _Step) -> tuple[Batch, Any]:
-        self._joined.check_digests(step.checked)
-        inputs = self.inputs.read_inputs(step.indices, view_index=self._joined.view_index)
-        labels = None if self._labels is None else self._labels[torch.from_numpy(step.indices)]
+    def _step(self, epoch: int, number: int, indices: np.ndarray, positions: np.ndarray, *, is_first: bool) -> _Step:
+        checked = indices if is_first else indices[[int(indices[0]) % len(indices)]]
+        if not self._joined.has_digests:
+            checked = checked[:0]
+        request = self._reader.request(indices, checked, seed=f"{self.seed}|{epoch}|{number}|{int(positions[0])}")
+        return _Step(indices, positions, checked, request)
+
+    def _make(self, step: _Step, reading: RowReading) -> tuple[Batch, Any]:
+        inputs, digests = step.inputs()
+        if len(step.checked):
+            self._joined.check_digests(step.checked, digests)
+        labels = None if self._labels is None else self._labels.index_select(0, torch.from_numpy(step.indices))
         rows, num_rows = self._joined.rows_of(step.indices)
-        soft_targets = self.cache.read_rows(rows, teachers=self._teachers)
-        if not self._joined.has_single_rows:
-            soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
-        return self._transfer.send((inputs, labels, soft_targets))
+        if self._joined.has_single_rows:
+            return self._transfer.send((inputs, labels, reading.read(rows, step.positions)))
+        soft_targets = reading.read(rows, step.positions)
+        return self._transfer.send((inputs, labels, replace(soft_targets, num_rows=torch.from_numpy(num_rows))))
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A step's examples, and those of them whose inputs are held against their digests: positions in the inputs."""
+    """A step's examples, int64 [example]: positions in the inputs, and of the epoch; and those that are checked."""
 
     indices: np.ndarray
+    positions: np.ndarray
     checked: np.ndarray
+    inputs: Callable[[], InputBatch]
 
 
-@dataclass(frozen=True, eq=False)
-class _Epochs:
-    """The order of every epoch, over the chosen examples."""
+def _as_transfer_set(cache: SoftTargetCache, inputs: TransferSet | Any | None) -> TransferSet:
+    if inputs is None:
+        return ids_as_inputs(cache)
+    return inputs if isinstance(inputs, TransferSet) else TransferSet(inputs)
 
-    joined: JoinedExamples
-    seed: int
-    is_shuffled: bool
-    window_shards: int | None
-    examples: np.ndarray
-    first_examples: np.ndarray | None
 
-    @classmethod
-    def of(
-        cls,
-        joined: JoinedExamples,
-        *,
-        seed: int,
-        shuffle: Shuffle | None,
-        teachers: Sequence[str] | None,
-        max_resident_bytes: int,
-        window_shards: int | None,
-    ) -> _Epochs:
-        if not (shuffle is None or isinstance(shuffle, bool) or shuffle == "windowed"):
-            raise OptionError(f"shuffle is {shuffle!r}; give True, False or 'windowed'")
-        num_bytes = joined.cache.coded_bytes(teachers=teachers)
-        is_windowed = shuffle == "windowed" or (shuffle is None and num_bytes > max_resident_bytes)
-        if window_shards is not None and (window_shards < 1 or not is_windowed):
-            raise OptionError(f"window_shards is {window_shards}; it is at least 1, and needs shuffle='windowed'")
-        if not is_windowed:
-            return cls(joined, seed, shuffle is not False, None, joined.indices, None)
-        shard_bytes = max(1, num_bytes // joined.cache.document.num_shards)
-        stored = joined.in_storage_order()
-        shards = window_shards or max(1, max_resident_bytes // 4 // shard_bytes)
-        return cls(joined, seed, True, shards, stored, joined.first_of_shards(stored))
+def _check_options(shuffle: Shuffle | None, prefetch_batches: int, tier: str | None) -> None:
+    if prefetch_batches < 1:
+        raise OptionError(f"prefetch_batches is {prefetch_batches}; at least 1 is needed")
+    if not (shuffle is None or isinstance(shuffle, bool) or shuffle == "windowed"):
+        raise OptionError(f"shuffle is {shuffle!r}; give True, False or 'windowed'")
+    if tier is not None and tier not in TIERS:
+        raise OptionError(f"tier is {tier!r}; give one of {', '.join(TIERS)}, or none to have one chosen")
 
-    @property
-    def num_examples(self) -> int:
-        return len(self.examples)
 
-    @functools.cached_property
-    def digest(self) -> int:
-        """48 bits that tell apart other examples, another order of them, other views and, of windows, other shards."""
-        hasher = hashlib.blake2b(self.joined.first_rows_of(self.examples).tobytes(), digest_size=6)
-        hasher.update(b"" if self.first_examples is None else self.first_examples.tobytes())
-        return int.from_bytes(hasher.digest(), "little")
-
-    def order(self, epoch: int) -> Order:
-        if not self.is_shuffled:
-            return SequentialOrder(self.num_examples)
-        if self.window_shards is None or self.first_examples is None:
-            return ShuffledOrder(self.num_examples, self.seed, epoch)
-        return WindowedOrder(self.first_examples, self.window_shards, self.seed, epoch)
-
-    def indices_at(self, order: Order, positions: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self.examples[order.at(positions)]
-        return found
+def _resolved(tier: Tier, shuffle: Shuffle | None, *, is_given: bool) -> tuple[Tier, bool]:
+    """Bring tier and shuffle together; gives the tier and whether the shuffle is windowed."""
+    if tier == "windows" and not is_given and isinstance(shuffle, bool):
+        return "scattered", False
+    return tier, shuffle == "windowed" or (shuffle is None and tier == "windows")

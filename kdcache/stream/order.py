@@ -1,8 +1,8 @@
 """Order: in which order an epoch visits its examples, as a pure function of seed, epoch and position.
 
 An *order* maps positions of an epoch to examples. `ShuffledOrder` is a random permutation of all of them;
-`WindowedOrder` shuffles shards and, within *windows* of a few shards, their examples, so that a cache that does not fit
-in memory is read shard by shard. Both say which examples stand at any positions without going through those before,
+`WindowedOrder` shuffles blocks and, within *windows* of a few blocks, their examples, so that a cache that does not fit
+in memory is read block by block. Both say which examples stand at any positions without going through those before,
 in memory that does not grow with the number of examples. Neither knows of batches, ranks or workers.
 """
 
@@ -119,23 +119,23 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class WindowedOrder:
-    """Shards in random order, and within each window of some of them their examples in random order.
+    """Blocks in random order, and within each window of some of them their examples in random order.
 
-    Examples are numbered as they lie in storage: those of shard s from `first_examples[s]` on. What is read while a
-    window lasts are its shards, and the shard behind each where its last example has several rows.
+    Examples are numbered as they lie in storage: those of block s from `first_examples[s]` on. What is read while a
+    window lasts are its blocks, and the block behind each where its last example has several rows.
 
     Parameters
     ----------
-    first_examples : ndarray [shard + 1] of int64
-        First example of every shard, and behind the last one the number of all. Shards may be empty.
-    window_shards : int
-        Shards of a window; the last window may have fewer.
+    first_examples : ndarray [block + 1] of int64
+        First example of every block, and behind the last one the number of all. Blocks may be empty.
+    window_blocks : int
+        Blocks of a window; the last window may have fewer.
     seed, epoch : int
         At least 0.
     """
 
     first_examples: Positions
-    window_shards: int
+    window_blocks: int
     seed: int
     epoch: int
     _permutations: dict[int, ShuffledOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -148,35 +148,39 @@ class WindowedOrder:
     @property
     def num_windows(self) -> int:
         """Windows of an epoch."""
-        return -(-len(self.shards) // self.window_shards)
+        return -(-len(self.blocks) // self.window_blocks)
 
     @functools.cached_property
-    def shards(self) -> Positions:
-        """Shards in the order in which they are visited, int64 [shard]; without empty ones."""
+    def blocks(self) -> Positions:
+        """Blocks in the order in which they are visited, int64 [block]; without empty ones."""
         filled = np.flatnonzero(np.diff(self.first_examples))
-        shuffled = ShuffledOrder(len(filled), self.seed, self.epoch, "shards")
+        shuffled = ShuffledOrder(len(filled), self.seed, self.epoch, "blocks")
         return filled[shuffled.at(np.arange(len(filled)))]
 
     def window_of(self, positions: Positions) -> Positions:
         """Give the window in which each position lies, int64 [position]; positions ascend through windows."""
         return np.searchsorted(self._window_ends, positions, side="right")
 
-    def shards_of(self, window_index: int) -> Positions:
-        """Give the shards of a window, int64 [shard]."""
-        return self.shards[window_index * self.window_shards : (window_index + 1) * self.window_shards]
+    def positions_of(self, window_index: int) -> tuple[int, int]:
+        """Give the first position of a window, and the one behind its last."""
+        return int(self._window_starts[window_index]), int(self._window_ends[window_index])
+
+    def blocks_of(self, window_index: int) -> Positions:
+        """Give the blocks of a window, int64 [block]."""
+        return self.blocks[window_index * self.window_blocks : (window_index + 1) * self.window_blocks]
 
     def at(self, positions: Positions) -> Positions:
         """Give the examples at some positions, int64 [position]."""
         windows = self.window_of(positions)
         places = np.empty_like(positions)
-        for window in np.unique(windows):
+        for window in range(int(windows.min(initial=self.num_windows)), int(windows.max(initial=-1)) + 1):
             chosen = windows == window
             start, end = self._window_starts[window], self._window_ends[window]
-            places[chosen] = start + self._permutation(int(window), int(end - start)).at(positions[chosen] - start)
-        visited = np.searchsorted(self._shard_ends, places, side="right")
-        shards = self.shards[visited]
-        first_places = self._shard_ends[visited] - np.diff(self.first_examples)[shards]
-        return self.first_examples[shards] + places - first_places
+            places[chosen] = start + self._permutation(window, int(end - start)).at(positions[chosen] - start)
+        visited = np.searchsorted(self._block_ends, places, side="right")
+        blocks = self.blocks[visited]
+        first_places = self._block_ends[visited] - np.diff(self.first_examples)[blocks]
+        return self.first_examples[blocks] + places - first_places
 
     def _permutation(self, window: int, num_examples: int) -> ShuffledOrder:
         if window not in self._permutations:
@@ -186,13 +190,13 @@ class WindowedOrder:
         return self._permutations[window]
 
     @functools.cached_property
-    def _shard_ends(self) -> Positions:
-        return np.cumsum(np.diff(self.first_examples)[self.shards])
+    def _block_ends(self) -> Positions:
+        return np.cumsum(np.diff(self.first_examples)[self.blocks])
 
     @functools.cached_property
     def _window_ends(self) -> Positions:
-        last = np.arange(1, self.num_windows + 1) * self.window_shards - 1
-        return self._shard_ends[np.minimum(last, len(self._shard_ends) - 1)]
+        last = np.arange(1, self.num_windows + 1) * self.window_blocks - 1
+        return self._block_ends[np.minimum(last, len(self._block_ends) - 1)]
 
     @functools.cached_property
     def _window_starts(self) -> Positions:

@@ -53,7 +53,7 @@ class RowsById:
     allow_repeats : bool
         Take a batch in which an id stands twice.
     max_resident_bytes : int
-        A cache whose coded rows take no more is held in memory, which is done here.
+        A cache whose coded rows take no more is held in memory; it fills as rows are asked for.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class RowsById:
         self._allow_repeats = allow_repeats
         self._has_single_rows = cache.document.num_rows == cache.document.num_examples
         if cache.coded_bytes(teachers=teachers) <= max_resident_bytes and cache.complete is not None:
-            cache.hold_in_memory(teachers=teachers)
+            cache.resident_codes(teachers=teachers)
 
     def ids(self, values: Any, *, where: str) -> np.ndarray:
         """Take a batch's ids as they are: int64 [example], or an object array of str or int [example].

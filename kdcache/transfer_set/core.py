@@ -174,7 +174,7 @@ class TransferSet:
         if ids is None and self._reads_ids:
             ids = _as_ids(self._scan[1], len(self))
         if ids is None:
-            ids = np.arange(len(self), dtype=np.int64)
+            return np.arange(len(self), dtype=np.int64)
         _refuse_duplicates(ids)
         return ids
 
@@ -253,7 +253,7 @@ class TransferSet:
             What `collate` makes of the inputs; for arrays a tensor [example, ...].
         """
         if isinstance(self._source, ArraySource) and self.views is None:
-            return self._source.read_inputs([int(index) for index in indices])
+            return self._source.read_inputs(indices)
         return self._collate([self.read_input(int(index), view_index=view_index) for index in indices])
 
     def read_input(self, index: int, *, view_index: int = 0) -> Any:
@@ -290,6 +290,8 @@ class TransferSet:
 
 
 def _as_ids(values: Iterable[Any], count: int) -> Ids:
+    if isinstance(values, np.ndarray) and values.dtype == np.int64 and values.shape == (count,):
+        return values.copy()
     ids = list(values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else values)
     _check_count("example_ids", len(ids), count)
     if all(isinstance(value, str) for value in ids):
@@ -304,7 +306,8 @@ def _as_ids(values: Iterable[Any], count: int) -> Ids:
 
 
 def _as_labels(values: Iterable[Any], count: int) -> np.ndarray:
-    array = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else list(values))
+    is_array = isinstance(values, np.ndarray)
+    array = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values if is_array else list(values))
     _check_count("labels", len(array), count)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TransferSetError(f"labels have shape {array.shape} and dtype {array.dtype}; they must be int [example]")
@@ -314,7 +317,8 @@ def _as_labels(values: Iterable[Any], count: int) -> np.ndarray:
 def _as_row_counts(values: Iterable[int] | int | None, count: int) -> np.ndarray:
     if values is None:
         return np.ones(count, np.int32)
-    array = np.full(count, values) if isinstance(values, int) else np.asarray(list(values))
+    is_array = isinstance(values, np.ndarray)
+    array = np.full(count, values) if isinstance(values, int) else np.asarray(values if is_array else list(values))
     _check_count("num_rows", len(array), count)
     if array.dtype.kind not in "iu" or array.min() < 1 or array.max() >= 2**31:
         raise TransferSetError("num_rows must be integers of at least 1, one for each example")
@@ -327,7 +331,7 @@ def _check_count(name: str, got: int, expected: int) -> None:
 
 
 def _refuse_duplicates(ids: Ids) -> None:
-    num_unique = len(np.unique(ids)) if ids.dtype == np.int64 else len(set(ids.tolist()))
+    num_unique = int(np.count_nonzero(np.diff(np.sort(ids)))) + 1 if ids.dtype == np.int64 else len(set(ids.tolist()))
     if num_unique == len(ids):
         return
     values = ids.tolist()

@@ -54,9 +54,9 @@ class ArraySource:
         """Read one example by its position."""
         return Example(self.inputs[index], None, None)
 
-    def read_inputs(self, indices: Sequence[int]) -> torch.Tensor:
+    def read_inputs(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Read many inputs at once, as a tensor [example, ...]."""
-        return self.inputs.index_select(0, torch.as_tensor(indices, dtype=torch.int64))
+        return self.inputs.index_select(0, torch.from_numpy(np.asarray(indices, np.int64)))
 
 
 class DatasetSource:

@@ -12,12 +12,17 @@ import xarray
 import zarr
 from zarr.core.buffer import default_buffer_prototype
 
+from kdcache.store import ResidentCodes
+
 GROUP = "teachers/a"
 ARRAY = f"{GROUP}/codes"
 
 
 def read_with_kdcache(written):
-    return written.store.codes_reader(written.teacher_document, written.cache_document).read_all()
+    document = written.cache_document
+    resident = ResidentCodes(written.store.codes_reader(written.teacher_document, document), document.padded_rows)
+    resident.fill_all()
+    return resident.codes
 
 
 def read_with_zarr(written):

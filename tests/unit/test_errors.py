@@ -34,6 +34,7 @@ BUILTINS = {
     "TransferSetError": ValueError,
     "UnknownExampleError": KeyError,
     "UnknownTeacherError": KeyError,
+    "WorkerError": RuntimeError,
     "WrongClassCountError": ValueError,
 }
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)]

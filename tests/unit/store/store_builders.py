@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcache.documents import CacheDocument, Codes, Fingerprint, PlanDocument, TeacherDocument
-from kdcache.store import CacheStore, ExampleTable
+from kdcache.store import CacheStore, ExampleTable, ResidentCodes
 
 NUM_ROWS = 300
 
@@ -23,9 +23,21 @@ class Written:
     def reader(self, **options):
         return self.store.codes_reader(self.teacher_document, self.cache_document, **options)
 
+    def resident(self, **options):
+        return resident(self.reader(**options), self.cache_document)
+
     def rows_of_shard(self, shard_index):
         start = shard_index * self.cache_document.shard_rows
         return self.codes[start : start + self.cache_document.rows_in_shard(shard_index)]
+
+
+def resident(reader, cache_document):
+    return ResidentCodes(reader, cache_document.padded_rows * cache_document.num_views)
+
+
+def whole(resident_codes):
+    resident_codes.fill_all()
+    return resident_codes.codes
 
 
 def make_cache_document(**changes):

@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+from store_builders import make_cache_document, resident, whole
 
 from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store import reader as reader_module
@@ -63,41 +64,29 @@ def test_the_chunk_used_longest_ago_is_dropped_first():
 
 @pytest.fixture
 def ranges(written, monkeypatch):
-    """The ranges that are read, index reads left out."""
+    """What is asked of the store at a time, index reads left out: keys and ranges."""
     noted = []
     kind = type(written.store.objects)
-    read_range = kind.read_range
+    read_ranges = kind.read_ranges
 
-    def note(self, key, start, length):
-        if length != written.reader().spec.index_bytes:
-            noted.append((key, start, length))
-        return read_range(self, key, start, length)
+    def note(self, key, ranges):
+        if ranges[0][1] != written.reader().spec.index_bytes:
+            noted.append((key, ranges))
+        return read_ranges(self, key, ranges)
 
-    monkeypatch.setattr(kind, "read_range", note)
+    monkeypatch.setattr(kind, "read_ranges", note)
     return noted
 
 
-def test_neighbouring_chunks_are_read_in_one_range(written, ranges):
-    written.reader().read_rows(np.arange(128))
-    assert len(ranges) == 1
-
-
-def test_chunks_far_apart_are_read_apart(written, ranges, monkeypatch):
-    monkeypatch.setattr(reader_module, "_MAX_GAP_BYTES", 10)
-    written.reader().read_rows(np.array([0, 127]))
-    assert len(ranges) == 2
-
-
-def test_a_range_is_cut_where_it_would_take_much_memory(written, ranges, monkeypatch):
-    monkeypatch.setattr(reader_module, "_MAX_RANGE_BYTES", 1)
-    written.reader().read_rows(np.arange(128))
-    assert len(ranges) == 4
+def test_the_chunks_of_a_shard_are_asked_for_together(written, ranges):
+    written.reader().read_rows(np.arange(200))
+    assert [(key, len(asked)) for key, asked in ranges] == [(SHARD.replace("c/1", "c/0"), 4), (SHARD, 3)]
 
 
 def test_only_the_chunks_needed_are_read(written, ranges):
     written.reader().read_rows(np.array([40, 50]))
-    assert [key for key, _, _ in ranges] == ["teachers/a/codes/c/0/0"]
-    assert ranges[0][2] < 500
+    assert [(key, len(asked)) for key, asked in ranges] == [("teachers/a/codes/c/0/0", 1)]
+    assert ranges[0][1][0][1] < 500
 
 
 def test_many_threads_read_right_rows_from_one_reader(written):
@@ -136,7 +125,7 @@ def test_a_shard_that_does_not_exist_is_refused(written, shard_index):
 
 
 def test_everything_comes_with_rows_at_their_numbers(written):
-    codes = written.reader().read_all()
+    codes = whole(written.resident())
     assert codes.shape == (384, 11)
     np.testing.assert_array_equal(codes[:300], written.codes)
     assert (codes[300:] == 255).all()
@@ -162,7 +151,8 @@ def test_row_numbers_that_are_no_integers_are_refused(written, rows):
 READS = {
     "rows": lambda reader: reader.read_rows(np.array([200])),
     "shard": lambda reader: reader.read_shard(1),
-    "all": lambda reader: reader.read_all(),
+    "block": lambda reader: reader.read_block(128, np.empty((128, 11), np.uint8)),
+    "all": lambda reader: whole(resident(reader, make_cache_document())),
 }
 
 
@@ -191,12 +181,11 @@ def test_a_shard_deleted_under_an_open_reader_is_missing(written):
 
 
 def test_everything_is_read_only_when_every_shard_is_there(written, monkeypatch):
-    reader = written.reader()
+    resident_codes = written.resident()
     written.store.objects.delete("teachers/a/codes/c/2/0")
-    monkeypatch.setattr(reader_module.np, "full", lambda *_, **__: pytest.fail("memory was taken"))
-    monkeypatch.setattr(reader_module, "decode_shard", lambda *_, **__: pytest.fail("a shard was read"))
+    monkeypatch.setattr(reader_module, "decode_chunk", lambda *_, **__: pytest.fail("a chunk was read"))
     with pytest.raises(CorruptCacheError, match="codes/c/2/0: the shard is missing"):
-        reader.read_all()
+        resident_codes.fill_all()
 
 
 def test_an_empty_shard_is_an_error(written, read):

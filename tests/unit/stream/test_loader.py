@@ -51,9 +51,14 @@ def cache(built):
     return open_cache(built)
 
 
-@pytest.fixture(params=["resident", "streamed"])
-def tier(request):
-    return {"max_resident_bytes": 2**20 if request.param == "resident" else 0}
+@pytest.fixture(params=["memory", "windows", "scattered", "mapped", "device"])
+def tier(request, tmp_path):
+    options = {
+        "windows": {"window_bytes": 300, "shuffle": "windowed"},
+        "mapped": {"local_copy": tmp_path / "copy"},
+        "device": {"device": "cpu"},
+    }
+    return {"tier": request.param, **options.get(request.param, {})}
 
 
 def loader_of(cache, inputs=None, **options) -> SoftTargetLoader:
@@ -445,10 +450,11 @@ def test_two_loaders_of_one_cache_do_not_disturb_each_other(cache, tier):
         assert torch.allclose(more_soft_targets.logits()[:, 0], more_inputs)
 
 
-def test_a_loop_that_is_left_leaves_no_thread(cache):
+def test_a_loop_that_is_left_leaves_no_thread(cache, tier):
     before = threading.active_count()
-    for _ in loader_of(cache):
+    for _ in loader_of(cache, **tier):
         break
+    cache.hold_in_memory()  # ends what the tier "memory" does behind the rows that were asked for
     assert threading.active_count() == before
 
 

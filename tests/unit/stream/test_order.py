@@ -105,33 +105,33 @@ sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
 
 @given(sizes, st.integers(1, 5), seeds, epochs)
-def test_a_windowed_order_is_a_permutation(shard_sizes, window_shards, seed, epoch):
+def test_a_windowed_order_is_a_permutation(shard_sizes, window_blocks, seed, epoch):
     first = np.concatenate([[0], np.cumsum(shard_sizes)])
-    order = WindowedOrder(first, window_shards, seed, epoch)
+    order = WindowedOrder(first, window_blocks, seed, epoch)
     assert sorted(order.at(np.arange(order.num_examples)).tolist()) == list(range(order.num_examples))
 
 
 @given(sizes, st.integers(1, 5), seeds, epochs)
-def test_a_window_visits_its_own_shards_alone(shard_sizes, window_shards, seed, epoch):
+def test_a_window_visits_its_own_shards_alone(shard_sizes, window_blocks, seed, epoch):
     first = np.concatenate([[0], np.cumsum(shard_sizes)])
-    order = WindowedOrder(first, window_shards, seed, epoch)
+    order = WindowedOrder(first, window_blocks, seed, epoch)
     positions = np.arange(order.num_examples)
-    shards = np.searchsorted(first, order.at(positions), side="right") - 1
-    allowed = [set(order.shards_of(int(window)).tolist()) for window in order.window_of(positions)]
-    assert all(shard in window for shard, window in zip(shards.tolist(), allowed, strict=True))
+    blocks = np.searchsorted(first, order.at(positions), side="right") - 1
+    allowed = [set(order.blocks_of(int(window)).tolist()) for window in order.window_of(positions)]
+    assert all(block in window for block, window in zip(blocks.tolist(), allowed, strict=True))
 
 
 @given(sizes, st.integers(1, 5), seeds, epochs, st.data())
-def test_any_positions_of_a_windowed_order_are_those_of_the_whole(shard_sizes, window_shards, seed, epoch, data):
+def test_any_positions_of_a_windowed_order_are_those_of_the_whole(shard_sizes, window_blocks, seed, epoch, data):
     first = np.concatenate([[0], np.cumsum(shard_sizes)])
-    whole = WindowedOrder(first, window_shards, seed, epoch).at(np.arange(first[-1]))
+    whole = WindowedOrder(first, window_blocks, seed, epoch).at(np.arange(first[-1]))
     positions = np.array(data.draw(st.lists(st.integers(0, int(first[-1]) - 1), min_size=1, max_size=9)))
-    assert np.array_equal(WindowedOrder(first, window_shards, seed, epoch).at(positions), whole[positions])
+    assert np.array_equal(WindowedOrder(first, window_blocks, seed, epoch).at(positions), whole[positions])
 
 
 def test_windows_of_an_epoch_have_other_shards_than_those_of_the_next():
     first = np.arange(101) * 10
-    orders = [WindowedOrder(first, 4, 0, epoch).shards_of(0).tolist() for epoch in range(2)]
+    orders = [WindowedOrder(first, 4, 0, epoch).blocks_of(0).tolist() for epoch in range(2)]
     assert orders[0] != orders[1]
 
 

@@ -14,6 +14,7 @@ from kdcache.errors import OptionError, ShapeError
 
 NUM_STEPS = 12  # of two epochs: 40 examples in batches of 7
 RANKS = (1, 2, 3, 4)
+BLOCK_BYTES = 8 * 4 * 4  # chunks of 8 rows of 4 float32 logits
 
 
 class Echo(nn.Module):
@@ -59,7 +60,7 @@ def global_batches(ranks, count) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module", params=[None, "windowed"], ids=["whole", "windowed"])
 def order(request):
-    return {} if request.param is None else {"shuffle": "windowed", "window_shards": 2}
+    return {} if request.param is None else {"shuffle": "windowed", "window_bytes": 2 * BLOCK_BYTES}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,32 @@ def test_a_state_of_one_process_is_restored_by_any_number_at_every_step(cache, o
     for loader in ranks:
         loader.load_state_dict(states[step])
     assert_same(global_batches(ranks, NUM_STEPS - step), batches[step:])
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def with_workers(request, cache, order):
+    """Ranks whose inputs are read by two workers each, kept from test to test."""
+    ranks = loaders(cache, request.param, num_workers=2, **order)
+    yield ranks
+    for loader in ranks:
+        loader.close()
+
+
+@pytest.mark.parametrize("step", range(NUM_STEPS + 1))
+def test_a_state_is_restored_by_ranks_with_workers_at_every_step(undisturbed, with_workers, step):
+    states, batches = undisturbed
+    for loader in with_workers:
+        loader.load_state_dict(states[step])
+    assert_same(global_batches(with_workers, NUM_STEPS - step), batches[step:])
+
+
+def test_ranks_with_workers_give_the_states_of_one_process(undisturbed, with_workers):
+    for loader in with_workers:
+        loader.set_epoch(0)
+    for step, _ in enumerate(zip(*map(two_epochs, with_workers), strict=True)):
+        assert [loader.state_dict() for loader in with_workers] == [undisturbed[0][step + 1]] * len(with_workers)
+        if step + 1 == NUM_STEPS:
+            break
 
 
 @pytest.mark.parametrize("world_size", RANKS)

@@ -1,0 +1,158 @@
+"""Codes in memory: decoded as their rows are first asked for, and behind that all the others, each chunk once."""
+
+from __future__ import annotations
+
+__all__ = ["ResidentCodes"]
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from kdcache.store.reader import CodesReader, distinct
+
+NUM_THREADS = 2
+"""Threads that decode. Decompressing leaves the interpreter to others, so that training goes on beside them."""
+_PIECE_CHUNKS = 8
+"""Chunks decoded ahead in one go, before rows that are waited for get their turn."""
+
+
+class ResidentCodes:
+    """All rows of one teacher's codes, held in memory; safe between threads, and in a forked process.
+
+    Parameters
+    ----------
+    reader : CodesReader
+        Where the rows come from.
+    num_rows : int
+        Rows of all views, padding included: row numbers are places in `codes`.
+
+    Attributes
+    ----------
+    codes : ndarray [row, column]
+        In the stored dtype. Only rows that `fill` or `fill_all` was asked for may be read.
+    """
+
+    def __init__(self, reader: CodesReader, num_rows: int) -> None:
+        self._reader = reader
+        self._chunk_rows = reader.spec.chunk_rows
+        self.codes = np.empty((num_rows, reader.spec.num_columns), reader.spec.little)
+        self._is_filled = np.zeros(num_rows // self._chunk_rows, bool)
+        self.is_whole = False
+        self._start()
+
+    def fill(self, rows: np.ndarray) -> None:
+        """Make rows readable, int64 [row]; then go on with all the others in the background.
+
+        Raises
+        ------
+        CorruptCacheError
+            A shard is missing, torn or altered, or holds no data where a row should be.
+        """
+        if self.is_whole:
+            return
+        chunks = rows // self._chunk_rows
+        self._wait_for(distinct(chunks[~self._is_filled[chunks]]).tolist())
+        self._fill_behind()
+
+    def fill_all(self) -> None:
+        """Make all rows readable.
+
+        Raises
+        ------
+        CorruptCacheError
+            As `fill`.
+        """
+        if self.is_whole:
+            return
+        self._reader.check_shards()  # a cache whose shards are missing must not cost the memory of a whole one
+        self._wait_for(np.flatnonzero(~self._is_filled).tolist())
+        self._finish()
+        self._pool.shutdown(wait=True)
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-resident")
+        self._pending: dict[int, Future[None]] = {}
+        self._is_filling_behind = False
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True).atexit = False
+
+    def _wait_for(self, chunks: Iterable[int]) -> None:
+        if self._pid != os.getpid():  # the threads, and who held the lock, stayed behind in another process
+            self._start()
+        futures = [self._submitted(chunk) for chunk in chunks]
+        for future in futures:
+            future.result()
+
+    def _submitted(self, chunk: int) -> Future[None]:
+        """Have a chunk decoded, unless it is being decoded: twice at a time, one would write where another reads."""
+        with self._lock:
+            if chunk not in self._pending:
+                is_new = not self._is_filled[chunk]
+                self._pending[chunk] = self._pool.submit(self._decode, chunk) if is_new else _done()
+            return self._pending[chunk]
+
+    def _decode(self, chunk: int) -> None:
+        first_row = chunk * self._chunk_rows
+        self._reader.read_block(first_row, self.codes[first_row : first_row + self._chunk_rows])
+        self._is_filled[chunk] = True
+
+    def _fill_behind(self) -> None:
+        with self._lock:
+            if not (self._is_filling_behind or self.is_whole):
+                self._is_filling_behind = True
+                self._pool.submit(_fill_next, weakref.ref(self), 0)
+
+    def fill_piece(self, first_chunk: int) -> int | None:
+        """Decode a few chunks from one on, and give the one to go on with; None where that was the last."""
+        last = min(first_chunk + _PIECE_CHUNKS, len(self._is_filled))
+        for chunk in (first_chunk + np.flatnonzero(~self._is_filled[first_chunk:last])).tolist():
+            with self._lock:
+                if chunk in self._pending:
+                    continue
+                future = self._pending[chunk] = Future[None]()
+            self._settle(future, chunk)
+        if last < len(self._is_filled):
+            return last
+        if self._is_filled.all():
+            self._finish()
+        return None
+
+    def _settle(self, future: Future[None], chunk: int) -> None:
+        try:
+            self._decode(chunk)
+        except Exception as error:  # noqa: BLE001 - whoever asks for the chunk's rows gets it
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def _finish(self) -> None:
+        with self._lock:
+            self.is_whole = True
+            self._pending.clear()
+            self._pool.shutdown(wait=False)
+
+
+def _done() -> Future[None]:
+    future = Future[None]()
+    future.set_result(None)
+    return future
+
+
+def _fill_next(resident: weakref.ref[ResidentCodes], first_chunk: int) -> None:
+    """Fill a piece and come again behind what was submitted meanwhile; end with the codes or with the program."""
+    codes = resident()
+    if codes is None:
+        return
+    following = codes.fill_piece(first_chunk)
+    pool = codes._pool  # noqa: SLF001 - its own kind
+    del codes
+    if following is not None:
+        try:
+            pool.submit(_fill_next, resident, following)
+        except RuntimeError:  # the pool, or the program, has ended
+            return

@@ -1,0 +1,121 @@
+"""Codes that fill memory: each chunk once, those that are asked for first, and nothing readable that is not filled."""
+
+import gc
+import os
+import threading
+import weakref
+
+import numpy as np
+import pytest
+from store_builders import whole
+
+from kdcache.errors import CorruptCacheError
+
+SHARD = "teachers/a/codes/c/1/0"
+
+
+@pytest.fixture
+def decoded(written, monkeypatch):
+    """Chunks that are decoded, by their first rows."""
+    noted = []
+    kind = type(written.reader())
+    read_block = kind.read_block
+
+    def note(self, first_row, out):
+        noted.append(first_row)
+        read_block(self, first_row, out)
+
+    monkeypatch.setattr(kind, "read_block", note)
+    return noted
+
+
+def wait_until_whole(resident):
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-resident")]:
+        thread.join(timeout=30)
+    assert resident.is_whole
+
+
+def test_rows_that_are_asked_for_are_there(written):
+    resident = written.resident()
+    rows = np.array([250, 3, 130])
+    resident.fill(rows)
+    np.testing.assert_array_equal(resident.codes[rows], written.codes[rows])
+
+
+def test_the_chunks_that_are_asked_for_come_first(written, decoded):
+    written.resident().fill(np.array([250]))
+    assert decoded[0] == 224
+
+
+def test_all_others_follow_by_themselves(written):
+    resident = written.resident()
+    resident.fill(np.array([250]))
+    wait_until_whole(resident)
+    np.testing.assert_array_equal(resident.codes[:300], written.codes)
+
+
+def test_each_chunk_is_decoded_once(written, decoded):
+    resident = written.resident()
+    resident.fill(np.array([250, 0]))
+    resident.fill(np.array([251, 100, 1]))
+    wait_until_whole(resident)
+    resident.fill_all()
+    assert sorted(decoded) == list(range(0, 384, 32))
+
+
+def test_threads_that_ask_at_once_get_right_rows(written):
+    resident = written.resident()
+    wrong = []
+
+    def read(seed):
+        rows = np.random.default_rng(seed).integers(0, 300, 40)
+        resident.fill(rows)
+        if not np.array_equal(resident.codes[rows], written.codes[rows]):
+            wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_rows_of_a_damaged_shard_are_an_error_whenever_they_are_asked_for(written):
+    path = written.store.objects._path(SHARD)
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    resident = written.resident()
+    for _ in range(2):
+        with pytest.raises(CorruptCacheError, match="checksum of a chunk"):
+            resident.fill(np.array([130]))
+
+
+def test_rows_beside_a_damaged_shard_are_given(written):
+    written.store.objects.delete(SHARD)
+    resident = written.resident()
+    resident.fill(np.array([5, 260]))
+    np.testing.assert_array_equal(resident.codes[[5, 260]], written.codes[[5, 260]])
+
+
+def test_codes_that_nobody_holds_are_given_back(written):
+    resident = written.resident()
+    resident.fill(np.array([5]))
+    gone = weakref.ref(resident)
+    wait_until_whole(resident)
+    del resident
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_forked_process_fills_what_was_not_filled(written):
+    resident = written.resident()
+    resident._wait_for([0])
+    child = os.fork()
+    if child == 0:  # here nothing may be raised: the test runner's code would go on twice
+        try:
+            is_right = np.array_equal(whole(resident)[:300], written.codes)
+        finally:
+            os._exit(0 if is_right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
