@@ -6,7 +6,7 @@ __all__ = ["SoftTargetCache", "open_cache"]
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ from kdcache.store import CacheSizes, CacheStore, CodesReader, KeptPages, LocalC
 
 if TYPE_CHECKING:
     import zarr
+
+    from kdcache.stream.join import JoinedBatches
 
 
 LOCAL_CACHE_BYTES = 10 * 2**30
@@ -278,6 +280,46 @@ class SoftTargetCache:
             As `read`.
         """
         return self._read(rows, teachers, None)
+
+    def join(
+        self,
+        loader: Iterable[Any],
+        *,
+        key: str | int | Callable[[Any], Any] = "example_id",
+        name: str = "soft_targets",
+        put: Callable[[Any, SoftTargets], Any] | None = None,
+        input_key: str | int | Callable[[Any], Any] | None = None,
+        label_key: str | int | Callable[[Any], Any] | None = "auto",
+        example_ids: Sequence[int] | Sequence[str] | np.ndarray | None = None,
+        view_index: int = 0,
+        teachers: Sequence[str] | None = None,
+        device: str | None = None,
+        allow_repeats: bool = False,
+        max_resident_bytes: int = 2**31,
+    ) -> JoinedBatches:
+        """Put soft targets onto the batches of any existing loader, by the ids that the batches hold.
+
+        ``for batch in cache.join(loader, key="example_id"): batch["soft_targets"]``. The parameters, and what is
+        guaranteed and refused, are those of `kdcache.stream.JoinedBatches`.
+
+        Parameters
+        ----------
+        loader : iterable of batches
+        key, name, put, input_key, label_key, example_ids, view_index, teachers, device, allow_repeats
+        max_resident_bytes
+
+        Returns
+        -------
+        JoinedBatches
+            Of a loader with ``state_dict`` and ``load_state_dict``, one that has them too.
+        """
+        from kdcache.stream.join import join_batches  # noqa: PLC0415 - the method is the cache's, its code the stream's
+
+        return join_batches(
+            self, loader, key=key, name=name, put=put, input_key=input_key, label_key=label_key,
+            example_ids=example_ids, view_index=view_index, teachers=teachers, device=device,
+            allow_repeats=allow_repeats, max_resident_bytes=max_resident_bytes,
+        )  # fmt: skip
 
     def hold_in_memory(self, *, teachers: Sequence[str] | None = None) -> int:
         """Read all rows into memory, still coded, so that later reads touch no file.

@@ -21,6 +21,7 @@ __all__ = [
     "KdcacheError",
     "MergedCacheError",
     "MissingExtraError",
+    "NoStateError",
     "NonFiniteLogitsError",
     "OptionError",
     "PlanMismatchError",
@@ -91,6 +92,10 @@ class OptionError(KdcacheError, ValueError):
 
 class MissingExtraError(KdcacheError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
+
+
+class NoStateError(KdcacheError, AttributeError):
+    """A loader has no state to save or to go on from."""
 
 
 class TemperatureError(KdcacheError, ValueError):

@@ -1,12 +1,14 @@
 """Streaming: soft targets and inputs into the training of students.
 
 An *order* is a permutation of the examples, a pure function of (seed, epoch). *Global batches* are cut from it; each
-rank takes its part of every one. A *loader* gives them, joined by example_id, never by position.
+rank takes its part of every one. A *loader* gives them, joined by example_id, never by position. *Joined batches* are
+those of any other loader.
 """
 
 from __future__ import annotations
 
-__all__ = ["SoftTargetLoader", "epoch_order"]
+__all__ = ["JoinedBatches", "SoftTargetLoader", "epoch_order"]
 
+from kdcache.stream.join import JoinedBatches
 from kdcache.stream.loader import SoftTargetLoader
 from kdcache.stream.order import epoch_order

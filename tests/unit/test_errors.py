@@ -23,6 +23,7 @@ BUILTINS = {
     "JobError": ValueError,
     "MergedCacheError": ValueError,
     "MissingExtraError": ImportError,
+    "NoStateError": AttributeError,
     "NonFiniteLogitsError": ArithmeticError,
     "OptionError": ValueError,
     "PlanMismatchError": ValueError,

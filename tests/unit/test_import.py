@@ -12,6 +12,7 @@ from importlib.metadata import version
 import pytest
 
 import kdcache
+from kdcache.errors import MissingExtraError
 
 HEAVY = ["torch", "zarr", "dask", "distributed", "pyarrow", "pydantic", "numpy", "numcodecs", "matplotlib", "typer"]
 
@@ -30,6 +31,11 @@ def after_import():
 @pytest.fixture(scope="module")
 def after_opening():
     return modules_after("import kdcache; kdcache.open_cache; kdcache.SoftTargetLoader; kdcache.verify_cache")
+
+
+@pytest.fixture(scope="module")
+def after_students():
+    return modules_after("import kdcache.students, kdcache.stream, kdcache.cache")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,22 @@ def test_importing_kdcache_imports_no_module_of_its_own(after_import):
 @pytest.mark.parametrize("module", ["dask", "distributed", "zarr", "kdcache.build", "kdcache.jobs", "kdcache.cli"])
 def test_reading_and_training_import_no_build(after_opening, module):
     assert module not in after_opening
+
+
+@pytest.mark.parametrize("module", ["transformers", "lightning", "accelerate", "datasets", "torchdata"])
+def test_adapters_are_imported_by_those_who_ask(after_students, module):
+    assert module not in after_students
+
+
+@pytest.mark.parametrize(
+    ("library", "module"),
+    [("transformers", "kdcache.students.transformers"), ("lightning", "kdcache.students.lightning")],
+)
+def test_an_adapter_names_the_extra_that_it_lacks(monkeypatch, library, module):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'kdcache\[{library}\]'"):
+        importlib.import_module(module)
 
 
 @pytest.mark.parametrize("module", ["zarr", "numcodecs", "pyarrow", "dask", "kdcache.store"])
