@@ -258,17 +258,25 @@ class SoftTargetLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Give a whole epoch, or after `load_state_dict` the rest of one; the next iteration gives the next epoch.
 
-        An iteration that is left before its end does not count: the next one gives the same epoch from its start.
+        An iteration that is left before its last batch does not count: the next one gives that epoch from its start.
         """
         epoch, start, self._start = self._epoch, self._start, 0
         topology = Topology.current(*self._topology)
         self._batches.check_parts(topology)
         self._reader.start()
         for number, batch in enumerate(self._made_ahead(epoch, start, topology), start=start + 1):
-            self._position = (epoch, number)
+            # With its last batch an epoch is over: who counts batches does not ask for what would come behind it.
+            if number < len(self):
+                self._position = (epoch, number)
+            else:
+                self._end(epoch)
             yield batch
+        if start >= len(self):  # nothing was left of it
+            self._end(epoch)
+
+    def _end(self, epoch: int) -> None:
         self._epoch = epoch + 1
-        self._position = (self._epoch, 0)
+        self._position = (epoch + 1, 0)
 
     def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
         """Make batches on a thread, a few ahead of use."""

@@ -14,7 +14,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import kdcache
-from kdcache.students.lightning import SoftTargetEpochs
 
 NUM_TRAINING = 1_400
 """Digits to train on, of 1,797; the others are for testing."""
@@ -46,9 +45,8 @@ def train(cache: kdcache.SoftTargetCache, transfer_set: kdcache.TransferSet, epo
     student = Student()
     loader = kdcache.SoftTargetLoader(cache, transfer_set, batch_size=64, seed=0)
     trainer = lightning.Trainer(
-        max_epochs=epochs, callbacks=[SoftTargetEpochs()],
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    )  # fmt: skip
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     trainer.fit(student, loader)
     return student
 

@@ -455,6 +455,8 @@ def test_a_loop_that_is_left_leaves_no_thread(cache, tier):
     for _ in loader_of(cache, **tier):
         break
     cache.hold_in_memory()  # ends what the tier "memory" does behind the rows that were asked for
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-resident")]:
+        thread.join()
     assert threading.active_count() == before
 
 

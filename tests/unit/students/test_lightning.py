@@ -19,8 +19,6 @@ lightning = pytest.importorskip("lightning")
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402 - it needs lightning
 
-from kdcache.students.lightning import SoftTargetEpochs  # noqa: E402 - it needs lightning
-
 pytestmark = [
     # torchdata 0.11 calls what torch 2.13 has deprecated
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
@@ -104,7 +102,7 @@ def fit(tmp_path):
         checkpoints = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
         trainer = lightning.Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, max_epochs=3, callbacks=[SoftTargetEpochs(), checkpoints],
+            default_root_dir=tmp_path, max_epochs=3, callbacks=[checkpoints],
         )  # fmt: skip
         trainer.fit(student, loader, ckpt_path=after_step and str(tmp_path / "run-0" / f"step={after_step}.ckpt"))
         return student
@@ -140,11 +138,6 @@ def test_a_joined_stateful_loader_goes_on_within_an_epoch(cache, fit, after_step
     assert resumed.losses == undisturbed.losses[after_step:]
 
 
-def test_a_later_training_with_the_same_loader_begins_with_the_first_epoch(cache, fit):
-    loader = soft_target_loader(cache)
-    assert fit(loader).losses == fit(loader).losses
-
-
 def test_loaders_in_collections_are_told_the_epoch_too(cache, fit):
     class OfTwo(Student):
         def training_step(self, batch, batch_index):
@@ -154,7 +147,7 @@ def test_loaders_in_collections_are_told_the_epoch_too(cache, fit):
     student = OfTwo()
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=2,
-        enable_checkpointing=False, callbacks=[SoftTargetEpochs()],
+        enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(student, loaders)
     assert student.losses == fit(soft_target_loader(cache)).losses[: 2 * NUM_BATCHES]
