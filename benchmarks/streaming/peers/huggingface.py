@@ -41,18 +41,20 @@ def _open(stored: Stored) -> Epoch:
 
     dataset = load_from_disk(str(stored.folder)).with_format("arrow")
     sampler = BatchSampler(RandomSampler(dataset), stored.batch_size, drop_last=False)
+
+    def collate(table: pa.Table) -> Batch:
+        columns = []
+        for name, column in stored.columns.items():
+            values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            columns.append(torch.from_numpy(values.reshape(-1, column.width).copy()))
+        return torch.from_numpy(table["row"].to_numpy().copy()), tuple(columns)
+
     loader = DataLoader(
-        dataset, batch_size=None, sampler=sampler, num_workers=stored.num_workers, collate_fn=lambda table: table
+        dataset, batch_size=None, sampler=sampler, num_workers=stored.num_workers, collate_fn=collate
     )
 
     def epoch(_: int) -> Iterator[Batch]:
-        for batch in loader:
-            table = batch.combine_chunks()
-            columns = []
-            for name, column in stored.columns.items():
-                values = table[name].chunk(0).flatten().to_numpy(zero_copy_only=False)
-                columns.append(torch.from_numpy(values.reshape(-1, column.width)))
-            yield table["row"].to_numpy(), tuple(columns)
+        yield from loader
 
     # end of it
     return epoch

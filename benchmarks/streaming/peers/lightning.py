@@ -1,4 +1,7 @@
-"""LitData: samples of tensors in binary chunks of 64 MB, its streaming dataset and loader, its shuffle."""
+"""LitData: samples of tensors in binary chunks of 64 MB, its streaming dataset and loader, its shuffle.
+
+Items are decoded one by one: by default each shuffled item would decode the block of items around it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def _open(stored: Stored) -> Epoch:
     # user's code
     from litdata import StreamingDataLoader, StreamingDataset
 
-    dataset = StreamingDataset(str(stored.folder), shuffle=True, drop_last=False)
+    dataset = StreamingDataset(str(stored.folder), shuffle=True, drop_last=False, batch_decode=0)
     loader = StreamingDataLoader(
         dataset, batch_size=stored.batch_size, num_workers=stored.num_workers, shuffle=True, drop_last=False
     )
