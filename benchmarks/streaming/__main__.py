@@ -25,7 +25,9 @@ PARTS = ("read", "cold", "step", "shuffle")
 
 def main(
     *,
-    quick: Annotated[bool, typer.Option(help="A fifth of the rows, two short rounds; the page stays as it is.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A fifth of the rows, two short rounds; the page stays as it is.")
+    ] = False,
     only: Annotated[list[str] | None, typer.Option(help="A part, a row set or a contestant; may be repeated.")] = None,
     page: Annotated[bool, typer.Option(help="Run nothing: write the page from the figures that are there.")] = False,
 ) -> None:
@@ -35,7 +37,7 @@ def main(
     document = json.loads(results.read_text()) if results.exists() else {}
     if not page:
         for name, figures in _run(frozenset(only or ()), quick=quick):
-            document[name] = _merged(document.get(name), figures)
+            document[name] = merged(document.get(name), figures)
             document["machine"] = _machine()
             results.parent.mkdir(exist_ok=True)
             results.write_text(json.dumps(document, indent=1) + "\n")
@@ -68,7 +70,7 @@ def _run(only: frozenset[str], *, quick: bool) -> Any:
         yield "shuffle", shuffle.run(quick=quick)
 
 
-def _merged(standing: Any, figures: Any) -> Any:
+def merged(standing: Any, figures: Any) -> Any:
     """Put new figures in the place of the old ones of the same row set and contestant."""
     if not standing or not isinstance(figures, list) or "lines" not in figures[0]:
         return figures

@@ -78,4 +78,6 @@ def _check_kinds(found: Sequence[npt.NDArray[Any]], columns: Sequence[npt.NDArra
 def _kinds(columns: Sequence[npt.NDArray[Any]]) -> list[tuple[str, tuple[int, ...]]]:
     """Name dtypes and widths; uint16 counts as int16, which is how torch gathers it."""
     names = [column.dtype.newbyteorder("=").name for column in columns]
-    return [("int16" if name == "uint16" else name, column.shape[1:]) for name, column in zip(names, columns, strict=True)]
+    return [
+        ("int16" if name == "uint16" else name, column.shape[1:]) for name, column in zip(names, columns, strict=True)
+    ]

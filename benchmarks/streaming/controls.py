@@ -152,7 +152,7 @@ def _zarrs_defaults(stored: Stored) -> Epoch:
     zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
     arrays: list[Any] = [zarr.open_array(stored.folder / name, mode="r") for name in stored.columns]
     # end of it
-    return _windows(arrays, min(array.chunks[0] for array in arrays), stored)
+    return _windows(arrays, min(int(array.chunks[0]) for array in arrays), stored)
 
 
 def _tensorstore(stored: Stored) -> Epoch:
@@ -160,7 +160,7 @@ def _tensorstore(stored: Stored) -> Epoch:
     import tensorstore as ts
 
     place = {"driver": "file", "path": str(stored.folder / _CODES)}
-    array = ts.open({"driver": "zarr3", "kvstore": place}, read=True).result()
+    array: Any = ts.open({"driver": "zarr3", "kvstore": place}, read=True).result()
     # end of it
     return _windows([array], array.chunk_layout.write_chunk.shape[0], _one_column(stored, array))
 

@@ -65,8 +65,14 @@ def read_row_set(name: str, names: Sequence[str], effort: Effort) -> dict[str, A
         running: dict[str, ContestantProcess] = {}
         for one in names:
             with _errors_told(lines[one]):
-                _measure_fresh(row_set, one, effort, lines[one])
-                process = stack.enter_context(ContestantProcess(name, one, quick=effort.quick))
+                _CONSOLE.print(f"{name}: {one}")
+                _write(row_set, one, effort, lines[one])
+                with contextlib.ExitStack() as others:
+                    processes = [
+                        others.enter_context(_process(name, one, effort)) for _ in range(effort.fresh_runs - 1)
+                    ]
+                    process = stack.enter_context(_process(name, one, effort))
+                    _measure_fresh([*processes, process], effort, lines[one])
                 process.ask("check")
                 running[one] = process
         for number in range(effort.rounds + 1):
@@ -90,7 +96,7 @@ def cold(name: str, names: Sequence[str], effort: Effort) -> dict[str, Any]:
     lines: dict[str, dict[str, Any]] = {one: {"name": one, "rows_per_second": [], "error": None} for one in names}
     for _ in range(effort.rounds):
         for one in names:
-            with _errors_told(lines[one]), ContestantProcess(name, one, quick=effort.quick) as process:
+            with _errors_told(lines[one]), _process(name, one, effort) as process:
                 process.ask("write")
                 drop_pages(row_set.stored(CONTESTANTS[one].stored_as))
                 answer = process.ask("epoch", number=0, min_seconds=0.001, max_seconds=60.0)
@@ -107,25 +113,28 @@ def _line(contestant: Contestant) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measure_fresh(row_set: RowSet, name: str, effort: Effort, line: dict[str, Any]) -> None:
-    """Write, then measure the first batch and the memory, each in processes of their own."""
-    _CONSOLE.print(f"{row_set.name}: {name}")
-    if not row_set.stored(CONTESTANTS[name].stored_as).is_dir():
-        with ContestantProcess(row_set.name, name, quick=effort.quick) as process:
+def _write(row_set: RowSet, name: str, effort: Effort, line: dict[str, Any]) -> None:
+    folder = row_set.stored(CONTESTANTS[name].stored_as)
+    if not folder.is_dir():
+        with _process(row_set.name, name, effort) as process:
             process.ask("write")
-    line["disk_bytes"] = bytes_on_disk(row_set.stored(CONTESTANTS[name].stored_as))
-    seconds = []
-    for _ in range(effort.fresh_runs):
-        with ContestantProcess(row_set.name, name, quick=effort.quick) as process:
-            seconds.append(process.ask("first_batch")["seconds"])
-    line["first_batch_seconds"] = statistics.median(seconds)
-    with ContestantProcess(row_set.name, name, quick=effort.quick) as process:
-        line["memory_bytes"] = process.ask("memory", max_seconds=effort.max_seconds)["bytes"]
+    line["disk_bytes"] = bytes_on_disk(folder)
+
+
+def _measure_fresh(processes: Sequence[ContestantProcess], effort: Effort, line: dict[str, Any]) -> None:
+    """Measure the first batch and the memory in processes that have done nothing else."""
+    answers = [process.ask("fresh", max_seconds=effort.max_seconds) for process in processes]
+    line["first_batch_seconds"] = statistics.median(answer["first_batch_seconds"] for answer in answers)
+    line["memory_bytes"] = statistics.median(answer["bytes"] for answer in answers)
 
 
 def _add_round(line: dict[str, Any], answer: dict[str, Any]) -> None:
     line["rows_per_second"].append(answer["rows"] / answer["seconds"])
     line["rows_per_cpu_second"].append(answer["rows"] / answer["cpu_seconds"])
+
+
+def _process(row_set: str, contestant: str, effort: Effort) -> ContestantProcess:
+    return ContestantProcess(row_set, contestant, quick=effort.quick)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import resource
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
 _COUNTED: Final = ("Pss_Anon:", "Pss_Shmem:")
 _PERIOD_SECONDS: Final = 0.02
@@ -37,7 +37,7 @@ class MemoryPeak:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> MemoryPeak:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -75,10 +75,10 @@ def drop_pages(folder: Path) -> None:
 
 def _family(pid: int) -> list[int]:
     parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:  # ended since
                 continue
     family = [pid]

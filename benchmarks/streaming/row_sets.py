@@ -206,7 +206,7 @@ def _largest_logits() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
     """Give the classes, int32 [row, k], and logits, float16 [row, k], of the largest logits of all recorded tokens."""
     ids, values = [], []
     for kind in ("main", "other"):
-        recorded = load("smollm2", kind=kind)  # type: ignore[arg-type]
+        recorded = load("smollm2", kind=kind)
         for start in range(0, recorded.num_rows, _BLOCK_ROWS):
             largest = recorded.logits(slice(start, start + _BLOCK_ROWS)).topk(_TOP)
             ids.append(largest.indices.int())

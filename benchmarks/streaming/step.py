@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["run"]
+__all__ = ["ratios", "run"]
 
 import statistics
 import tempfile
@@ -103,14 +103,14 @@ def _compare(
     return [
         {
             "student": name, "soft_targets": one, "step_ms": 1000 * timing.median / steps,
-            **_ratios(timing.seconds, base),
+            **ratios(timing.seconds, base),
         }
         for one, timing in timings.items()
     ]  # fmt: skip
 
 
 def _streams(caches: dict[str, kdcache.SoftTargetCache]) -> dict[tuple[str, str], Batches]:
-    """Give the batches of every codec in every tier; each tier opens the cache anew, so that none is held for others."""
+    """Give the batches of every codec in every tier; each tier opens the cache anew."""
     streams: dict[tuple[str, str], Batches] = {}
     for codec, cache in caches.items():
         for tier, make in TIERS.items():
@@ -124,7 +124,7 @@ def _tensor_rows(batches: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Tensor, A
         yield torch.as_tensor(rows), soft_targets
 
 
-def _ratios(seconds: tuple[float, ...], base: tuple[float, ...]) -> dict[str, Any]:
+def ratios(seconds: tuple[float, ...], base: tuple[float, ...]) -> dict[str, Any]:
     """Give the ratio round by round, against the control of the same round."""
     ratios = sorted(ours / theirs for ours, theirs in zip(seconds, base, strict=True))
     return {"ratio": statistics.median(ratios), "of_single_rounds": [ratios[0], ratios[-1]]}

@@ -15,13 +15,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.streaming.contestant import Contestant, Epoch
 from benchmarks.streaming.content import check_epoch
+from benchmarks.streaming.contestant import Contestant, Epoch
 from benchmarks.streaming.lineup import contestant_named
 from benchmarks.streaming.resources import MemoryPeak, cpu_seconds, own_memory_bytes
 from benchmarks.streaming.row_sets import RowSet, open_row_set
@@ -38,10 +38,9 @@ class Worker:
             importlib.import_module(module)
 
     def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out a command: write, check, epoch, first_batch or memory."""
-        answers = {
-            "write": self._write, "check": self._check, "epoch": self._epoch, "first_batch": self._first_batch,
-            "memory": self._memory,
+        """Carry out a command: write, check, epoch or fresh."""
+        answers: dict[str, Callable[..., dict[str, Any]]] = {
+            "write": self._write, "check": self._check, "epoch": self._epoch, "fresh": self._fresh,
         }  # fmt: skip
         return answers[command["do"]](**{key: value for key, value in command.items() if key != "do"})
 
@@ -80,17 +79,19 @@ class Worker:
         gc.collect()  # ends the processes of a DataLoader, so that their time is counted
         return {"rows": num_rows, "seconds": seconds, "cpu_seconds": cpu_seconds() - cpu}
 
-    def _first_batch(self) -> dict[str, Any]:
-        start = time.perf_counter()
-        batches = self._opened()(0)
-        next(batches)
-        return {"seconds": time.perf_counter() - start}
-
-    def _memory(self, max_seconds: float) -> dict[str, Any]:
-        before = own_memory_bytes()
+    def _fresh(self, max_seconds: float) -> dict[str, Any]:
+        """Open and read an epoch while memory is watched; of a process that has done nothing else."""
+        before, start = own_memory_bytes(), time.perf_counter()
+        first_batch_seconds = None
         with MemoryPeak() as peak:
-            self._epoch(0, 0.001, max_seconds)
-        return {"bytes": max(0, peak.num_bytes - before), "bytes_before": before}
+            for _ in self._opened()(0):
+                seconds = time.perf_counter() - start
+                first_batch_seconds = seconds if first_batch_seconds is None else first_batch_seconds
+                if seconds > max_seconds:
+                    break
+        return {
+            "first_batch_seconds": first_batch_seconds, "bytes": max(0, peak.num_bytes - before), "bytes_before": before
+        }  # fmt: skip
 
 
 def main() -> None:

@@ -49,9 +49,7 @@ def _open(stored: Stored) -> Epoch:
             columns.append(torch.from_numpy(values.reshape(-1, column.width).copy()))
         return torch.from_numpy(table["row"].to_numpy().copy()), tuple(columns)
 
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=sampler, num_workers=stored.num_workers, collate_fn=collate
-    )
+    loader = DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=stored.num_workers, collate_fn=collate)
 
     def epoch(_: int) -> Iterator[Batch]:
         yield from loader
