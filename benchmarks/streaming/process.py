@@ -4,9 +4,11 @@ from __future__ import annotations
 
 __all__ = ["ContestantError", "ContestantProcess"]
 
+import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 _ROOT: Final = Path(__file__).parents[2]
+_END_SECONDS: Final = 10
 _ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -78,10 +81,13 @@ class ContestantProcess:
         return answer
 
     def close(self) -> None:
-        """End the process and those that it started."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, 9)
-        self._process.wait()
+        """Let the process end, so that packages give back shared memory; kill what does not, and what it started."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

@@ -114,7 +114,6 @@ def main() -> None:
                 traceback.print_exc()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-    os._exit(0)  # threads of a package must not keep a process that is done
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from benchmarks.streaming.contestant import Batch, Contestant, Epoch, Stored
 from benchmarks.streaming.row_sets import RowSet
 
 
 def _write(row_set: RowSet, folder: Path) -> None:
-    _make_importable()
     from streaming import MDSWriter
 
     columns = {name: f"ndarray:{column.dtype}:{column.width}" for name, column in row_set.columns.items()}
@@ -26,7 +23,6 @@ def _write(row_set: RowSet, folder: Path) -> None:
 
 
 def _open(stored: Stored) -> Epoch:
-    _make_importable()
     # user's code
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
@@ -42,18 +38,8 @@ def _open(stored: Stored) -> Epoch:
     return epoch
 
 
-def _make_importable() -> None:
-    """Declare two operators of torchvision, which streaming imports for vision alone.
-
-    The registry's torchvision is built for CUDA and loads no operators beside torch for processors.
-    """
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 def _contestant(name: str, **options: Any) -> Contestant:
-    return Contestant(name, "package", _open, "mds", ("benchmarks.streaming.peers.mosaic",), _write, **options)
+    return Contestant(name, "package", _open, "mds", ("benchmarks.streaming.peers.mosaic_import",), _write, **options)
 
 
 MOSAIC: Final = (_contestant("mosaicml-streaming"), _contestant("mosaicml-streaming, 2 workers", num_workers=2))
