@@ -15,7 +15,8 @@ _COLOURS: Final = {"kdcache": "#0072B2", "control": "#999999", "package": "#E69F
 _SET_TITLES: Final = {
     "float16": "float16 logits", "codes": "uint8 codes", "coefficients": "spectral coefficients", "top-64": "top 64",
 }  # fmt: skip
-_BASELINES: Final = ("zarrs, windows of 4 shards", "zarrs, shard by shard")
+_ZARRS: Final = ("zarrs, windows of 4 shards", "zarrs, shard by shard")
+_SAME_FILES: Final = (*_ZARRS, "zarr-python, windows of 4 shards", "tensorstore, windows of 4 shards")
 
 Figures = Mapping[str, Any]
 
@@ -26,7 +27,8 @@ def all_tables(document: Figures) -> dict[str, str]:
     for figures in document.get("read", []):
         tables[f"read {figures['name']}"] = reading_table(figures["lines"])
     if document.get("read"):
-        tables["against zarrs"] = ratios_table(document["read"])
+        tables["against zarrs"] = ratios_table(document["read"], _ZARRS, "better of zarrs")
+        tables["on the same files"] = ratios_table(document["read"], _SAME_FILES, "best of all on the same files")
         tables["packages"] = packages_table(document["read"])
     if document.get("cold"):
         tables["cold"] = cold_table(document["cold"])
@@ -61,9 +63,9 @@ def reading_table(lines: Sequence[Figures]) -> str:
     return _markdown(header, rows)
 
 
-def ratios_table(read: Sequence[Figures]) -> str:
-    """Give rows per CPU-second of kdcache over the better of the zarrs contestants, on the same files."""
-    header = ["rows", "better of zarrs", *_names(read, "kdcache")]
+def ratios_table(read: Sequence[Figures], baselines: Sequence[str] = _ZARRS, title: str = "better of zarrs") -> str:
+    """Give rows per CPU-second of kdcache over the best of some contestants that read the same files."""
+    header = ["rows", title, *_names(read, "kdcache")]
     rows = []
     for figures in read:
         rates = {
@@ -71,7 +73,7 @@ def ratios_table(read: Sequence[Figures]) -> str:
             for line in figures["lines"]
             if line["error"] is None
         }
-        base = max((rates[name] for name in _BASELINES if name in rates), default=None)
+        base = max((rates[name] for name in baselines if name in rates), default=None)
         if base is not None:
             ratios = [f"{rates[name] / base:.2f}" if name in rates else "" for name in header[2:]]
             rows.append([_SET_TITLES[figures["name"]], _rate(base), *ratios])

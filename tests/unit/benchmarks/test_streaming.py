@@ -262,6 +262,6 @@ def test_new_figures_replace_those_of_the_same_contestant_alone():
 
 def test_the_page_has_a_place_for_every_table():
     page = PAGE.read_text()
-    names = ["read float16", "read codes", "read coefficients", "read top-64", "against zarrs", "packages", "cold",
+    names = ["read float16", "read codes", "read coefficients", "read top-64", "against zarrs", "on the same files", "packages", "cold",
              "step", "shuffle", "shuffle students"]  # fmt: skip
     assert [name for name in names if f"<!-- table {name} -->" not in page] == []
