@@ -82,14 +82,17 @@ class Worker:
     def _fresh(self, max_seconds: float) -> dict[str, Any]:
         """Open and read an epoch while memory is watched; of a process that has done nothing else."""
         before, start = own_memory_bytes(), time.perf_counter()
-        first_batch_seconds = None
+        first_batch_seconds, num_rows, seconds = None, 0, 0.0
         with MemoryPeak() as peak:
-            for _ in self._opened()(0):
+            for rows, _ in self._opened()(0):
+                num_rows += len(rows)
                 seconds = time.perf_counter() - start
                 first_batch_seconds = seconds if first_batch_seconds is None else first_batch_seconds
                 if seconds > max_seconds:
                     break
         return {
+            "rows": num_rows,
+            "seconds": seconds,
             "first_batch_seconds": first_batch_seconds, "bytes": max(0, peak.num_bytes - before), "bytes_before": before
         }  # fmt: skip
 

@@ -135,7 +135,8 @@ def test_a_slow_epoch_is_broken_off(row_set):
 def test_a_fresh_process_tells_its_first_batch_and_its_memory(row_set):
     worker = Worker(row_set, contestant_named("kdcache, read_rows, in memory"))
     answer = worker.answer({"do": "fresh", "max_seconds": 60})
-    assert answer["first_batch_seconds"] > 0
+    assert 0 < answer["first_batch_seconds"] <= answer["seconds"]
+    assert answer["rows"] == NUM_ROWS
     assert answer["bytes_before"] > 0
 
 
@@ -262,6 +263,8 @@ def test_new_figures_replace_those_of_the_same_contestant_alone():
 
 def test_the_page_has_a_place_for_every_table():
     page = PAGE.read_text()
-    names = ["read float16", "read codes", "read coefficients", "read top-64", "against zarrs", "on the same files", "packages", "cold",
-             "step", "shuffle", "shuffle students"]  # fmt: skip
+    names = [
+        "read float16", "read codes", "read coefficients", "read top-64", "against zarrs", "on the same files",
+        "packages", "cold", "step", "shuffle", "shuffle students",
+    ]  # fmt: skip
     assert [name for name in names if f"<!-- table {name} -->" not in page] == []
