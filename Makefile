@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help setup demo test test-all check format schemas bench bench-data bench-students mnist clean
+.PHONY: help setup demo test test-all check format schemas bench bench-data bench-students bench-streaming mnist clean
 
 help:
 	@echo "make demo      the main job on data that comes with a package, in under three minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench     the benchmarks"
 	@echo "make bench-data  record the real teachers that benchmarks and studies run on"
 	@echo "make bench-students  students of soft targets kept in every way (half an hour of processor time)"
+	@echo "make bench-streaming  reading soft targets, beside other packages (an hour of processor time)"
 	@echo "make mnist     the paper's MNIST section (about an hour of processor time)"
 
 setup: $(READY)
@@ -60,6 +61,17 @@ bench-data: $(READY)
 
 bench-students: bench-data
 	$(BIN)/python -m benchmarks.students
+
+# Packages that streaming is compared with stand apart: some of them want other versions than kdcache's own tools.
+PEERS := .venv-peers
+
+bench-streaming: $(READY)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plot]"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/streaming/requirements.txt
+	$(PEERS)/bin/python -m benchmarks.streaming
 
 mnist: $(READY)
 	$(BIN)/python -m jobs.mnist

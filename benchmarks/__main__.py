@@ -22,14 +22,14 @@ from benchmarks import (
     precision,
     rate_control,
     targets,
-    train_step,
 )
+from benchmarks.streaming import step
 
 BENCHMARKS = {
     "import": import_time.run,
     "open": open_cache.run,
     "build": build_overhead.run,
-    "step": train_step.run,
+    "step": step.run,
     "loss": loss.run,
     "encode": encode.run,
     "guard": rate_control.run_guard,
