@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["OURS", "TIERS", "Tier"]
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -16,11 +17,11 @@ from kdcache.stream import epoch_order
 Tier = Callable[[kdcache.SoftTargetCache, int], Callable[[int], Iterator[tuple[Any, kdcache.SoftTargets]]]]
 """Gives the batches of an epoch of a cache, (numbers of rows, soft targets), at a batch size."""
 
-_WINDOW_SHARDS: Final = 4
-
 
 def _read_rows(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int], Iterator[tuple[Any, Any]]]:
     # user's code
+    cache.hold_in_memory()
+
     def epoch(number: int) -> Iterator[tuple[Any, kdcache.SoftTargets]]:
         order = epoch_order(len(cache), seed=0, epoch=number)
         for start in range(0, len(order), batch_size):
@@ -31,54 +32,31 @@ def _read_rows(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int
     return epoch
 
 
-def _scattered(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int], Iterator[tuple[Any, Any]]]:
-    # user's code
-    # end of it
-    return _read_rows(cache, batch_size)
+def _loader(tier: Any) -> Tier:
+    def open_loader(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int], Iterator[tuple[Any, Any]]]:
+        copies = Path(f"{cache.address}-copies")
+        # user's code
+        inputs = kdcache.TransferSet.from_arrays(torch.arange(len(cache)))
+        options: dict[str, Any] = {"local_copy": copies} if tier == "mapped" else {}
+        loader = kdcache.SoftTargetLoader(cache, inputs, batch_size=batch_size, tier=tier, **options)
 
+        def epoch(number: int) -> Iterator[tuple[Any, kdcache.SoftTargets]]:
+            loader.set_epoch(number)
+            for rows, _, soft_targets in loader:
+                yield rows, soft_targets
 
-def _held(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int], Iterator[tuple[Any, Any]]]:
-    # user's code
-    cache.hold_in_memory()
-    # end of it
-    return _read_rows(cache, batch_size)
+        # end of it
+        return epoch
 
-
-def _loader_in_memory(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int], Iterator[tuple[Any, Any]]]:
-    # user's code
-    inputs = kdcache.TransferSet.from_arrays(torch.arange(len(cache)))
-    loader = kdcache.SoftTargetLoader(cache, inputs, batch_size=batch_size, shuffle=True)
-
-    def epoch(number: int) -> Iterator[tuple[Any, kdcache.SoftTargets]]:
-        loader.set_epoch(number)
-        for rows, _, soft_targets in loader:
-            yield rows, soft_targets
-
-    # end of it
-    return epoch
-
-
-def _loader_in_windows(cache: kdcache.SoftTargetCache, batch_size: int) -> Callable[[int], Iterator[tuple[Any, Any]]]:
-    # user's code
-    inputs = kdcache.TransferSet.from_arrays(torch.arange(len(cache)))
-    loader = kdcache.SoftTargetLoader(
-        cache, inputs, batch_size=batch_size, shuffle="windowed", window_shards=_WINDOW_SHARDS, max_resident_bytes=0
-    )
-
-    def epoch(number: int) -> Iterator[tuple[Any, kdcache.SoftTargets]]:
-        loader.set_epoch(number)
-        for rows, _, soft_targets in loader:
-            yield rows, soft_targets
-
-    # end of it
-    return epoch
+    return open_loader
 
 
 TIERS: Final[dict[str, Tier]] = {
-    "read_rows, in memory": _held,
-    "read_rows, scattered": _scattered,
-    "loader, in memory": _loader_in_memory,
-    "loader, windows of 4 shards": _loader_in_windows,
+    "read_rows, in memory": _read_rows,
+    "loader, memory": _loader("memory"),
+    "loader, mapped": _loader("mapped"),
+    "loader, windows": _loader("windows"),
+    "loader, scattered": _loader("scattered"),
 }
 """Ways to stream a cache, by name."""
 
@@ -91,8 +69,7 @@ def _contestant(name: str, tier: Tier) -> Contestant:
         # end of it
         return lambda number: _codes(epochs(number))
 
-    shared = (tier, _read_rows) if name.startswith("read_rows") else (tier,)
-    return Contestant(f"kdcache, {name}", "kdcache", open_epochs, "cache", ("kdcache",), reads="codes", shared=shared)
+    return Contestant(f"kdcache, {name}", "kdcache", open_epochs, "cache", ("kdcache",), reads="codes", shared=(tier,))
 
 
 def _codes(batches: Iterator[tuple[Any, kdcache.SoftTargets]]) -> Iterator[Batch]:

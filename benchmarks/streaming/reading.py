@@ -20,8 +20,8 @@ from benchmarks.streaming.resources import bytes_on_disk, drop_pages
 from benchmarks.streaming.row_sets import RowSet, open_row_set
 
 COLD: Final = (
-    "kdcache, loader, windows of 4 shards",
-    "kdcache, read_rows, in memory",
+    "kdcache, loader, windows",
+    "kdcache, loader, memory",
     "zarrs, windows of 4 shards",
     "Parquet, fixed-size binary",
     "memmap[rows], uncompressed",
@@ -54,7 +54,7 @@ class Effort:
     @classmethod
     def of(cls, *, quick: bool) -> Effort:
         """Give two short rounds, or five."""
-        return cls(quick, 2, 1, 0.2, 1.0) if quick else cls(quick, 5, 3, 0.5, 5.0)
+        return cls(quick, 2, 1, 0.2, 1.0) if quick else cls(quick, 5, 3, 0.5, 2.0)
 
 
 def read_row_set(name: str, names: Sequence[str], effort: Effort) -> dict[str, Any]:

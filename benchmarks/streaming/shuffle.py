@@ -15,18 +15,18 @@ from kdcache.stream.order import Order, ShuffledOrder, WindowedOrder
 
 WINDOWS: Final = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZE: Final = 256
-_SHARD_ROWS: Final = 2048
-_NUM_SHARDS: Final = 128
+_BLOCK_ROWS: Final = 256
+_NUM_BLOCKS: Final = 512
 _NUM_CLASSES: Final = 100
 _SEEDS: Final = (0, 1, 2)
 _QUANTILES: Final = (0.1, 0.5, 0.9)
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
-    """Measure orders of 128 shards of 2,048 rows that are stored by label, and train students."""
-    num_shards = _NUM_SHARDS // 2 if quick else _NUM_SHARDS
-    num_rows = num_shards * _SHARD_ROWS
-    first_examples = np.arange(num_shards + 1) * _SHARD_ROWS
+    """Measure orders of 512 blocks of 256 rows that are stored by label, and train students."""
+    num_blocks = _NUM_BLOCKS // 2 if quick else _NUM_BLOCKS
+    num_rows = num_blocks * _BLOCK_ROWS
+    first_examples = np.arange(num_blocks + 1) * _BLOCK_ROWS
     orders: dict[str, list[npt.NDArray[np.int64]]] = {
         str(window): [_whole(WindowedOrder(first_examples, window, seed, 0)) for seed in _SEEDS] for window in WINDOWS
     }
@@ -34,7 +34,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     orders["true permutation"] = [np.random.default_rng(seed).permutation(num_rows) for seed in _SEEDS]
     lines = [{"window": name, **_mean([measures_of(one) for one in some])} for name, some in orders.items()]
     return {
-        "orders": lines, "num_shards": num_shards, "shard_rows": _SHARD_ROWS, "num_classes": _NUM_CLASSES,
+        "orders": lines, "num_blocks": num_blocks, "block_rows": _BLOCK_ROWS, "num_classes": _NUM_CLASSES,
         "batch_size": BATCH_SIZE, "students": accuracies(quick=quick),
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from kdcache.stream.order import Order, ShuffledOrder, WindowedOrder
 
 WINDOWS: Final[Mapping[str, int | None]] = {"1": 1, "4": 4, "16": 16, "whole": None}
 _NUM_TEST: Final = 1000
-_SHARD_ROWS: Final = 50
+_BLOCK_ROWS: Final = 50
 _BATCH_SIZE: Final = 50
 _EPOCHS: Final = 10
 _TEACHER_EPOCHS: Final = 20
@@ -42,7 +42,7 @@ def accuracies(*, quick: bool = False) -> list[dict[str, Any]]:
                 order = _order(len(stored), window, seed, epoch)
                 _train(student, pictures[stored], labels[stored], logits, order)
             scores.append(_accuracy(student, pictures[test], labels[test]))
-        found.append({"window": name, "accuracies": scores, "epochs": epochs, "num_shards": len(stored) // _SHARD_ROWS})
+        found.append({"window": name, "accuracies": scores, "epochs": epochs, "num_blocks": len(stored) // _BLOCK_ROWS})
     return found
 
 
@@ -65,7 +65,7 @@ def _network(num_hidden: int) -> nn.Module:
 def _order(num_rows: int, window: int | None, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     order: Order = ShuffledOrder(num_rows, seed, epoch)
     if window is not None:
-        order = WindowedOrder(np.arange(0, num_rows + 1, _SHARD_ROWS), window, seed, epoch)
+        order = WindowedOrder(np.arange(0, num_rows + 1, _BLOCK_ROWS), window, seed, epoch)
     return order.at(np.arange(num_rows))
 
 
