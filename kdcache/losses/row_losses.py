@@ -23,7 +23,7 @@ from kdcache.losses.alignment import NO_LABEL, Alignment, Scales
 from kdcache.losses.by_formula import FormulaTerms, Labels, losses_by_formula
 from kdcache.losses.divergences import Divergence, divergence_between, logit_matching_loss
 from kdcache.losses.ensemble import Ensemble, ToSoften, rows_of
-from kdcache.soft_targets import at_least_float32, softened_blocks
+from kdcache.soft_targets import at_least_float32, softened_blocks, softened_elements
 
 _BY_FORMULA = frozenset({"forward-kl", "cross-entropy"})
 
@@ -81,11 +81,12 @@ class RowTerms:
 
         Rows that are not selected have the loss 0, and their gradient is left as it is.
         """
+        if self._is_one_part(student_logits):  # cutting takes as long as the loss of a small batch
+            compared = None if self.ensemble is None else self._beside(self.ensemble)
+            return self.part_losses(student_logits, compared, gradient)
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
         losses = student_logits.new_zeros(len(student_logits), dtype=dtype)
         for rows, part, compared in self._parts(student_logits):
-            if rows == slice(0, len(student_logits)) and part.alignment.selected is None:  # slices cost a small batch
-                return part.part_losses(student_logits, compared, gradient)
             chosen = rows if part.alignment.selected is None else part.alignment.selected
             student = rows_of(student_logits, chosen)
             slope = None
@@ -116,6 +117,11 @@ class RowTerms:
             if gradient is not None:
                 gradient.masked_fill_(left_out[:, None], 0)
         return losses
+
+    def _is_one_part(self, student_logits: Tensor) -> bool:
+        num_teachers = 1 if self.ensemble is None else self.ensemble.num_teachers
+        is_small = student_logits.numel() * num_teachers <= softened_elements(student_logits.device)
+        return self.alignment.selected is None and is_small
 
     def _parts(self, student_logits: Tensor) -> Iterator[tuple[slice, RowTerms, Tensor | ToSoften | None]]:
         """Cut into a few rows at a time, with what the student is compared with; soft targets are decoded once."""
