@@ -211,6 +211,8 @@ def labels_beside(
         values.device.type == "cpu" for values in (labels, *([] if counted is None else [counted]))
     )
     classes = alignment.computed(labels.to("cpu" if is_read else device, torch.int64))
+    if is_read and counted is None and _all_labelled(classes, student_logits.shape[-1], ignore_index):
+        return Labels(classes.to(device), None)
     unlabelled = classes == ignore_index
     if counted is not None:
         unlabelled |= counted
@@ -321,6 +323,14 @@ def _mismatch(alignment: Alignment, num_classes: int, found: str, found_classes:
         f"The student gives {alignment.in_words} of {num_classes} classes, the soft targets are {found} of "
         f"{found_classes} classes. A student needs one row a cached row, and the teachers' classes."
     )
+
+
+def _all_labelled(classes: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Tell, from the least and the largest label, whether all are surely classes; the usual batch needs no other look."""
+    if classes.numel() == 0:
+        return False
+    lowest, highest = (int(value) for value in classes.aminmax())
+    return lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest
 
 
 def _check_classes(classes: Tensor, num_classes: int) -> None:
