@@ -170,7 +170,7 @@ def soft_targets_beside(
         found = (*members.shape[: len(shape)], members.shape[-1])
         if found != (*shape, num_classes):
             raise _mismatch(alignment, num_classes, Alignment(found[:-1]).in_words, found[-1])
-        return members.reshape(-1, *members.shape[-2:])
+        return members if len(shape) == 1 else members.reshape(-1, *members.shape[-2:])
     num_found = len(soft_targets)
     if soft_targets.num_classes != num_classes or (len(shape) == 1 and num_found != shape[0]):
         raise _mismatch(alignment, num_classes, f"{num_found} rows", soft_targets.num_classes)
@@ -326,7 +326,7 @@ def _mismatch(alignment: Alignment, num_classes: int, found: str, found_classes:
 
 
 def _all_labelled(classes: Tensor, num_classes: int, ignore_index: int) -> bool:
-    """Tell, from the least and the largest label, whether all are surely classes; the usual batch needs no other look."""
+    """Tell whether the least and the largest label show that all are classes: the usual batch needs no other look."""
     if classes.numel() == 0:
         return False
     lowest, highest = (int(value) for value in classes.aminmax())

@@ -65,28 +65,31 @@ class _KeptArrays(threading.local):
     """The arrays of this thread that are written to again and again."""
 
     def __init__(self) -> None:
-        self.arrays: dict[tuple[int, torch.dtype], Tensor] = {}
-        self.last: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.arrays: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.last: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def like(self, values: Tensor, place: int) -> Tensor:
-        """Give an array of the shape and type of these values, the one that this place always gives."""
+    def two_like(self, values: Tensor, place: int) -> tuple[Tensor, Tensor] | None:
+        """Give two arrays of the shape and type of these values, those that this place always gives; None of others."""
         is_plain = type(values) is Tensor and values.device.type == "cpu"  # of its kind are all that meet there
         if not is_plain or values.numel() > BLOCK_ELEMENTS:
-            return torch.empty_like(values, memory_format=torch.contiguous_format)
+            return None
         key = place, values.dtype
-        if key in self.last and self.last[key].shape == values.shape:
-            return self.last[key]
+        last = self.last.get(key)
+        if last is not None and last[0].shape == values.shape:
+            return last
         with torch.inference_mode(mode=False):  # what is made in it can be written to nowhere else
             if key not in self.arrays:
-                self.arrays[key] = torch.empty(BLOCK_ELEMENTS, dtype=values.dtype, device="cpu")
-            self.last[key] = self.arrays[key][: values.numel()].view(values.shape)
-        return self.last[key]
+                first, second = torch.empty(2, BLOCK_ELEMENTS, dtype=values.dtype, device="cpu")
+                self.arrays[key] = first, second
+            first, second = (array[: values.numel()].view(values.shape) for array in self.arrays[key])
+        self.last[key] = first, second
+        return first, second
 
 
 _KEPT = _KeptArrays()
-TEACHERS = 2
-"""Place of the one teacher's exponents; of the powers the next."""
 _STUDENT = 0
+TEACHERS = 1
+"""Place of the one teacher's exponents and powers."""
 
 
 def softened(
@@ -95,16 +98,19 @@ def softened(
     """Soften logits: powers are exp((logits - their maximum) / temperature).
 
     With a `place`, they lie where those of the last call with it did; the exponents where the logits were, where these
-    are to be overwritten.
+    are to be overwritten: that leaves more of the cache to the rest.
     """
     maxima, scale = logits.amax(dim=1, keepdim=True), 1 / (_LN_2 * temperature)
-    exponents = logits
-    if not overwrites:
-        exponents = torch.empty_like(logits) if place is None else _KEPT.like(logits, place)
+    kept = None if place is None else _KEPT.two_like(logits, place)
+    exponents, powers = kept or (None, None)
+    if overwrites:
+        exponents = logits
+    elif exponents is None:
+        exponents = torch.empty_like(logits)
     # One pass, and a shift of the logits costs no digits: torch adds with alpha in a fused multiply-add, which rounds
     # once. The product of the maximum is rounded too, but alike for all classes of a row, and so cancels.
     torch.add(maxima * -scale, logits, alpha=scale, out=exponents)
-    powers = torch.exp2(exponents, out=torch.empty_like(logits) if place is None else _KEPT.like(logits, place + 1))
+    powers = torch.exp2(exponents, out=powers)
     totals = powers.sum(dim=1, keepdim=True)
     return Softened(exponents, powers, totals, totals.reciprocal(), maxima)
 
@@ -288,7 +294,9 @@ def _write_gradient(
     else:
         slopes = soft if teachers.shares is None else soft * teachers.shares
         own = student.powers.mul_(student.inverses * (slopes + hard.scale if hard and is_shared else slopes))
-        torch.addcmul(own, teachers.powers, teachers.inverses * soft, value=-1, out=gradient)
+        # a number goes in as `value`: a column times a number is two calls, of which one makes a tensor of it
+        shares, value = (teachers.inverses, -soft) if isinstance(soft, float) else (teachers.inverses * soft, -1)
+        torch.addcmul(own, teachers.powers, shares, value=value, out=gradient)
     if hard is not None:
         if not is_shared:
             gradient.addcmul_(hard.student.powers, hard.student.inverses * hard.scale)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdcache.codecs.base import Decoder, check_codes, checked_temperature, row_blocks
 from kdcache.errors import OptionError, ShapeError
 from kdcache.row_selection import RowIndex, row_positions, select_rows
+from kdcache.soft_targets.decoded import decoded_codes
 from kdcache.soft_targets.means import (
     MEANS,
     Mean,
@@ -152,6 +153,16 @@ class SoftTargets:
             None if self.available is None else self.available.pin_memory(),
             self.num_rows,
         )
+
+    def decoded(self) -> SoftTargets:
+        """Decode once for several readers: the same rows and results, held as float32 logits of each teacher.
+
+        Rows x teachers x classes x 4 bytes. Teachers of codec `TopK` stay coded: their logits are others at every
+        temperature, or sampled. Those of float32 `Lossless` are held so already.
+        """
+        decoded = [decoded_codes(*held) for held in zip(self.codes, self.decoders, strict=True)]
+        codes, decoders = zip(*decoded, strict=True)
+        return SoftTargets(codes, decoders, self.teacher_names, self.merge, self.available, self.num_rows)
 
     def rows(self, index: RowIndex) -> SoftTargets:
         """Select rows by a number, a slice, row indices or a mask of bool; still coded.
