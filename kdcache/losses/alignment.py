@@ -252,6 +252,8 @@ def scales_beside(
 
 def _weights(student_logits: Tensor, alignment: Alignment, row_weights: Tensor | None) -> Tensor | None:
     """Give weights of the computed rows, 0 in those that are left out; None where all are 1."""
+    if row_weights is None and alignment.left_out is None:
+        return None
     dtype, device = _raised_type(student_logits), student_logits.device
     weights = None
     if row_weights is not None:

@@ -86,6 +86,8 @@ class Ensemble:
             return ToSoften((logits,), temperature, is_own=True)
         if is_mixture:
             return ToSoften(self.source.unbind(1), temperature, normalised_weights(self._in_order, self.num_teachers))
+        if self.num_teachers == 1 and self.weights is None:
+            return ToSoften((self.source[:, 0],), temperature)
         return ToSoften((mean_logits(self.source, weights=self._in_order),), temperature)
 
     def row_blocks(self, rows: Tensor | None = None) -> Iterator[tuple[slice, Ensemble]]:
@@ -191,9 +193,11 @@ def ensemble_beside(
     """Put the teachers of a batch on a student's device; refuse what the divergence cannot be computed from."""
     if isinstance(soft_targets, SoftTargets):
         check_is_comparable(soft_targets, divergence, mean=mean, weights=weights, teachers=teachers)
-        source: SoftTargets | Tensor = soft_targets.to(device, non_blocking=True)
+        source: SoftTargets | Tensor = soft_targets
     else:
-        source = _without_names(soft_targets, weights, teachers).detach().to(device, non_blocking=True)
+        source = _without_names(soft_targets, weights, teachers).detach()
+    if source.device != device or isinstance(source, SoftTargets):
+        source = source.to(device, non_blocking=True)
     return Ensemble(source, mean, weights, teachers)
 
 
