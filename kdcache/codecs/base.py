@@ -359,6 +359,8 @@ def rows_of_codes(codes: Shaped[Tensor, "row column"], rows: Tensor) -> Shaped[T
 
 def checked_temperature(temperature: float | Tensor) -> float:
     """Give the temperature as a float, or raise a `TemperatureError` unless it is a finite number above 0."""
+    if type(temperature) is float and 0 < temperature < math.inf:  # as nearly always, and in every loss
+        return temperature
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         raise TemperatureError(f"One temperature at a time: got a tensor of shape {tuple(temperature.shape)}.")
     try:

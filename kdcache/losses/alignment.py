@@ -170,7 +170,7 @@ def soft_targets_beside(
         found = (*members.shape[: len(shape)], members.shape[-1])
         if found != (*shape, num_classes):
             raise _mismatch(alignment, num_classes, Alignment(found[:-1]).in_words, found[-1])
-        return members.reshape(-1, *members.shape[-2:])
+        return members if len(shape) == 1 else members.reshape(-1, *members.shape[-2:])
     num_found = len(soft_targets)
     if soft_targets.num_classes != num_classes or (len(shape) == 1 and num_found != shape[0]):
         raise _mismatch(alignment, num_classes, f"{num_found} rows", soft_targets.num_classes)
@@ -211,6 +211,8 @@ def labels_beside(
         values.device.type == "cpu" for values in (labels, *([] if counted is None else [counted]))
     )
     classes = alignment.computed(labels.to("cpu" if is_read else device, torch.int64))
+    if is_read and counted is None and _all_labelled(classes, student_logits.shape[-1], ignore_index):
+        return Labels(classes.to(device), None)
     unlabelled = classes == ignore_index
     if counted is not None:
         unlabelled |= counted
@@ -250,6 +252,8 @@ def scales_beside(
 
 def _weights(student_logits: Tensor, alignment: Alignment, row_weights: Tensor | None) -> Tensor | None:
     """Give weights of the computed rows, 0 in those that are left out; None where all are 1."""
+    if row_weights is None and alignment.left_out is None:
+        return None
     dtype, device = _raised_type(student_logits), student_logits.device
     weights = None
     if row_weights is not None:
@@ -321,6 +325,14 @@ def _mismatch(alignment: Alignment, num_classes: int, found: str, found_classes:
         f"The student gives {alignment.in_words} of {num_classes} classes, the soft targets are {found} of "
         f"{found_classes} classes. A student needs one row a cached row, and the teachers' classes."
     )
+
+
+def _all_labelled(classes: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Tell whether the least and the largest label show that all are classes: the usual batch needs no other look."""
+    if classes.numel() == 0:
+        return False
+    lowest, highest = (int(value) for value in classes.aminmax())
+    return lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest
 
 
 def _check_classes(classes: Tensor, num_classes: int) -> None:

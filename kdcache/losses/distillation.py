@@ -146,8 +146,9 @@ def distillation_loss(
         found = labels_beside(labels, student_logits, alignment, soft_weight=soft_weight, ignore_index=ignore_index)
     scales = scales_beside(student_logits, alignment, row_weights, found, soft_weight=soft_weight, reduction=reduction)
     terms = RowTerms(ensemble, found, divisor, divergence, beta, scales, alignment)
-    losses = row_losses(student_logits.flatten(0, -2), terms)
-    return losses.view(alignment.shape) if reduction == "none" else losses.sum()
+    rows = student_logits if student_logits.ndim == 2 else student_logits.flatten(0, -2)
+    losses = row_losses(rows, terms, is_summed=reduction != "none")
+    return losses.view(alignment.shape) if reduction == "none" else losses
 
 
 class DistillationLoss(nn.Module):

@@ -75,17 +75,20 @@ class Ensemble:
     def to_soften(self, temperature: float) -> ToSoften:
         """Give what is left to be softened, and averaged, at a temperature; of these rows all at once."""
         is_sampled = isinstance(self.source, SoftTargets) and self.source.is_sampled(self.teachers)
-        if is_sampled or (self.mean == "tempered-arithmetic" and self._num_teachers > 1):
-            return ToSoften(self._log_probabilities(temperature)[:, None], 1.0, is_sampled=is_sampled)
+        if is_sampled or (self.mean == "tempered-arithmetic" and self.num_teachers > 1):
+            return ToSoften((self._log_probabilities(temperature),), 1.0, is_sampled=is_sampled)
+        is_mixture = self.mean == "arithmetic" and self.num_teachers > 1
         if isinstance(self.source, SoftTargets):
-            if self.mean != "arithmetic" or self._num_teachers == 1:
-                logits = self.source.mean_logits(temperature=temperature, weights=self.weights, teachers=self.teachers)
-                return ToSoften(logits[:, None], temperature)
-            members, weights = self.source.members(temperature, weights=self.weights, teachers=self.teachers)
-            return ToSoften(members, temperature, weights)
-        if self.mean == "arithmetic" and self._num_teachers > 1:
-            return ToSoften(self.source, temperature, normalised_weights(self._in_order, self._num_teachers))
-        return ToSoften(mean_logits(self.source, weights=self._in_order)[:, None], temperature)
+            if is_mixture:
+                members, weights = self.source.members(temperature, weights=self.weights, teachers=self.teachers)
+                return ToSoften(members.unbind(1), temperature, weights)
+            logits = self.source.mean_logits(temperature=temperature, weights=self.weights, teachers=self.teachers)
+            return ToSoften((logits,), temperature, is_own=True)
+        if is_mixture:
+            return ToSoften(self.source.unbind(1), temperature, normalised_weights(self._in_order, self.num_teachers))
+        if self.num_teachers == 1 and self.weights is None:
+            return ToSoften((self.source[:, 0],), temperature)
+        return ToSoften((mean_logits(self.source, weights=self._in_order),), temperature)
 
     def row_blocks(self, rows: Tensor | None = None) -> Iterator[tuple[slice, Ensemble]]:
         """Cut into blocks of consecutive rows, as `SoftTargets.row_blocks` does; nothing is copied.
@@ -116,7 +119,8 @@ class Ensemble:
         return self if isinstance(self.source, SoftTargets) else replace(self, source=rows_of(self.source, rows))
 
     @property
-    def _num_teachers(self) -> int:
+    def num_teachers(self) -> int:
+        """Teachers that are averaged."""
         if isinstance(self.source, SoftTargets):
             return len(self.source.codes if self.teachers is None else self.teachers)
         return self.source.shape[1]
@@ -146,7 +150,7 @@ class ToSoften:
 
     Parameters
     ----------
-    members : Tensor [row, teacher, class]
+    members : sequence of Tensor [row, class]
         Logits; of one teacher, or of several whose arithmetic mean is meant. Or log-weights of one.
     temperature : float
         What the logits are divided by.
@@ -154,23 +158,26 @@ class ToSoften:
         Of several teachers; they sum to 1.
     is_sampled : bool, default False
         Whether they are log-weights that are right on average, used as they are.
+    is_own : bool, default False
+        Whether the logits, of one teacher, may be overwritten: they were made for this alone.
     """
 
-    members: Float[Tensor, "row teacher class"]
+    members: Sequence[Float[Tensor, "row class"]]
     temperature: float
     weights: Sequence[float] = ()
     is_sampled: bool = False
+    is_own: bool = False
 
     def __getitem__(self, rows: slice) -> ToSoften:
-        return replace(self, members=self.members[rows])
+        return replace(self, members=[member[rows] for member in self.members])
 
     def softened(self, dtype: torch.dtype) -> Softened:
         """Soften them, in this type."""
-        members = [member.to(dtype) for member in self.members.unbind(1)]
+        members = [member.to(dtype) for member in self.members]
         if self.is_sampled:
             return softened_weights(members[0])
         if len(members) == 1:
-            return softened(members[0], self.temperature, place=TEACHERS)
+            return softened(members[0], self.temperature, place=TEACHERS, overwrites=self.is_own)
         return softened_mixture(members, self.weights, self.temperature)
 
 
@@ -186,9 +193,11 @@ def ensemble_beside(
     """Put the teachers of a batch on a student's device; refuse what the divergence cannot be computed from."""
     if isinstance(soft_targets, SoftTargets):
         check_is_comparable(soft_targets, divergence, mean=mean, weights=weights, teachers=teachers)
-        source: SoftTargets | Tensor = soft_targets.to(device, non_blocking=True)
+        source: SoftTargets | Tensor = soft_targets
     else:
-        source = _without_names(soft_targets, weights, teachers).detach().to(device, non_blocking=True)
+        source = _without_names(soft_targets, weights, teachers).detach()
+    if source.device != device or isinstance(source, SoftTargets):
+        source = source.to(device, non_blocking=True)
     return Ensemble(source, mean, weights, teachers)
 
 

@@ -23,7 +23,7 @@ from kdcache.losses.alignment import NO_LABEL, Alignment, Scales
 from kdcache.losses.by_formula import FormulaTerms, Labels, losses_by_formula
 from kdcache.losses.divergences import Divergence, divergence_between, logit_matching_loss
 from kdcache.losses.ensemble import Ensemble, ToSoften, rows_of
-from kdcache.soft_targets import at_least_float32, softened_blocks
+from kdcache.soft_targets import at_least_float32, softened_blocks, softened_elements
 
 _BY_FORMULA = frozenset({"forward-kl", "cross-entropy"})
 
@@ -81,11 +81,12 @@ class RowTerms:
 
         Rows that are not selected have the loss 0, and their gradient is left as it is.
         """
+        if self._is_one_part(student_logits):  # cutting takes as long as the loss of a small batch
+            compared = None if self.ensemble is None else self._beside(self.ensemble)
+            return self.part_losses(student_logits, compared, gradient)
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
         losses = student_logits.new_zeros(len(student_logits), dtype=dtype)
         for rows, part, compared in self._parts(student_logits):
-            if rows == slice(0, len(student_logits)) and part.alignment.selected is None:  # slices cost a small batch
-                return part.part_losses(student_logits, compared, gradient)
             chosen = rows if part.alignment.selected is None else part.alignment.selected
             student = rows_of(student_logits, chosen)
             slope = None
@@ -116,6 +117,11 @@ class RowTerms:
             if gradient is not None:
                 gradient.masked_fill_(left_out[:, None], 0)
         return losses
+
+    def _is_one_part(self, student_logits: Tensor) -> bool:
+        num_teachers = 1 if self.ensemble is None else self.ensemble.num_teachers
+        is_small = student_logits.numel() * num_teachers <= softened_elements(student_logits.device)
+        return self.alignment.selected is None and is_small
 
     def _parts(self, student_logits: Tensor) -> Iterator[tuple[slice, RowTerms, Tensor | ToSoften | None]]:
         """Cut into a few rows at a time, with what the student is compared with; soft targets are decoded once."""
@@ -195,37 +201,50 @@ def is_followed() -> bool:
     )
 
 
-def row_losses(student_logits: Float[Tensor, "row class"], terms: RowTerms) -> Float[Tensor, " row"]:
-    """Give the rows' losses, in blocks of rows unless every operation is followed."""
+def row_losses(
+    student_logits: Float[Tensor, "row class"], terms: RowTerms, *, is_summed: bool
+) -> Float[Tensor, " row"] | Float[Tensor, ""]:
+    """Give the rows' losses or their sum, in blocks of rows unless every operation is followed."""
     if is_followed():
-        return terms.losses(student_logits)
-    losses: Tensor = _InRowBlocks.apply(student_logits, terms, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    return losses
+        return _summed_if(is_summed, terms.losses(student_logits))
+    found: Tensor = _InRowBlocks.apply(  # type: ignore[no-untyped-call]
+        student_logits, terms, is_summed, torch.is_grad_enabled()
+    )
+    return found
 
 
 class _InRowBlocks(torch.autograd.Function):
-    """Row losses whose gradient is computed beside them, so that the soft targets are decoded once."""
+    """Row losses whose gradient is computed beside them, so that the soft targets are decoded once.
+
+    Their sum is taken here, and is no operation of its own that autograd would go through.
+    """
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, terms: RowTerms, is_grad_enabled: bool) -> Tensor:  # noqa: FBT001
+    def forward(ctx: Any, student_logits: Tensor, terms: RowTerms, is_summed: bool, has_grad: bool) -> Tensor:  # noqa: FBT001
         ctx.save_for_backward(student_logits)
-        ctx.terms = terms
-        ctx.gradient = _room_for(student_logits, terms) if is_grad_enabled and ctx.needs_input_grad[0] else None
-        return terms.losses_in_row_blocks(student_logits, ctx.gradient)
+        ctx.terms, ctx.is_summed = terms, is_summed
+        ctx.gradient = _room_for(student_logits, terms) if has_grad and ctx.needs_input_grad[0] else None
+        return _summed_if(is_summed, terms.losses_in_row_blocks(student_logits, ctx.gradient))
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
         (student_logits,) = ctx.saved_tensors
         terms: RowTerms = ctx.terms
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            (gradient,) = torch.autograd.grad(terms.losses(student_logits), student_logits, slopes, create_graph=True)
-            return gradient, None, None
+            found = _summed_if(ctx.is_summed, terms.losses(student_logits))
+            (gradient,) = torch.autograd.grad(found, student_logits, slopes, create_graph=True)
+            return gradient, None, None, None
         gradient, ctx.gradient = ctx.gradient, None  # handed out and overwritten: a second pass computes its own
         if gradient is None:
             gradient = _room_for(student_logits, terms)
             terms.losses_in_row_blocks(student_logits, gradient)
-        gradient = gradient if _are_ones(slopes[0]) else gradient.mul_(slopes[0][:, None])
-        return gradient.to(student_logits.dtype), None, None
+        if not _are_ones(slopes[0]):
+            gradient.mul_(slopes[0][..., None])
+        return gradient.to(student_logits.dtype), None, None, None
+
+
+def _summed_if(is_summed: bool, losses: Tensor) -> Tensor:  # noqa: FBT001 - the condition in the name
+    return losses.sum() if is_summed else losses
 
 
 def _room_for(student_logits: Tensor, terms: RowTerms) -> Tensor:
@@ -239,6 +258,7 @@ def _room_for(student_logits: Tensor, terms: RowTerms) -> Tensor:
 
 
 def _are_ones(slopes: Tensor) -> bool:
-    """Tell whether all slopes are 1, as after a sum; looks where that is quick, and not at an accelerator's."""
-    is_one_number = slopes.device.type == "cpu" and slopes.stride() == (0,) and len(slopes) > 0
-    return is_one_number and float(slopes[0]) == 1
+    """Tell whether all slopes are 1, as of a sum; looks where that is quick, and not at an accelerator's."""
+    if slopes.device.type != "cpu" or slopes.numel() == 0 or any(slopes.stride()):
+        return False
+    return float(slopes if slopes.ndim == 0 else slopes[0]) == 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdcache.codecs.base import Decoder, check_codes, checked_temperature, row_blocks
 from kdcache.errors import OptionError, ShapeError
 from kdcache.row_selection import RowIndex, row_positions, select_rows
+from kdcache.soft_targets.decoded import decoded_codes
 from kdcache.soft_targets.means import (
     MEANS,
     Mean,
@@ -122,7 +123,7 @@ class SoftTargets:
         return self.codes[0].device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargets:
-        """Move codes and decoders to a device; nothing is decoded.
+        """Move codes and decoders to a device; nothing is decoded. Gives itself where all lie there already.
 
         Parameters
         ----------
@@ -131,6 +132,8 @@ class SoftTargets:
         non_blocking : bool, default False
             Let the copy of pinned memory overlap with computation.
         """
+        if self._is_on(torch.device(device)):
+            return self
         return SoftTargets(
             tuple(codes.to(device, non_blocking=non_blocking) for codes in self.codes),
             tuple(decoder.to(device) for decoder in self.decoders),
@@ -150,6 +153,16 @@ class SoftTargets:
             None if self.available is None else self.available.pin_memory(),
             self.num_rows,
         )
+
+    def decoded(self) -> SoftTargets:
+        """Decode once for several readers: the same rows and results, held as float32 logits of each teacher.
+
+        Rows x teachers x classes x 4 bytes. Teachers of codec `TopK` stay coded: their logits are others at every
+        temperature, or sampled. Those of float32 `Lossless` are held so already.
+        """
+        decoded = [decoded_codes(*held) for held in zip(self.codes, self.decoders, strict=True)]
+        codes, decoders = zip(*decoded, strict=True)
+        return SoftTargets(codes, decoders, self.teacher_names, self.merge, self.available, self.num_rows)
 
     def rows(self, index: RowIndex) -> SoftTargets:
         """Select rows by a number, a slice, row indices or a mask of bool; still coded.
@@ -358,6 +371,9 @@ class SoftTargets:
                 "that were drawn, and no logits to average or to match. Use a divergence on soft targets, such as "
                 "'forward-kl' at a high temperature, or build the cache with TopK(tail='class-means') or Codes()."
             )
+        if len(indices) == 1:
+            normalised_weights(ordered, 1)
+            return self._decoded_alone(indices[0], divisor)
         return self._reduced(indices, divisor, lambda members: mean_logits(members, weights=ordered))
 
     def members(
@@ -413,11 +429,19 @@ class SoftTargets:
             result[rows] = reduce(_side_by_side([values[rows] for values in members]))
 
     def _decoded(self, indices: tuple[int, ...], temperature: float) -> Float[Tensor, "row teacher class"]:
-        members = [self.decoders[index].decode(self.codes[index], temperature=temperature) for index in indices]
-        logits = _side_by_side([values[:, None] for values in members])
+        return _side_by_side([self._decoded_alone(index, temperature)[:, None] for index in indices])
+
+    def _decoded_alone(self, index: int, temperature: float) -> Float[Tensor, "row class"]:
+        logits = self.decoders[index].decode(self.codes[index], temperature=temperature)
         if self.available is None:
             return logits
-        return logits.masked_fill_(self.available.logical_not()[:, None, None], float("nan"))
+        return logits.masked_fill_(self.available.logical_not()[:, None], float("nan"))
+
+    def _is_on(self, device: torch.device) -> bool:
+        tensors = self.codes if self.available is None else (*self.codes, self.available)
+        return all(values.device == device for values in tensors) and all(
+            decoder.to(device) is decoder for decoder in self.decoders
+        )
 
     def _is_one_block(self, indices: tuple[int, ...]) -> bool:
         """Tell whether nothing is gained by going block by block; a compiler fuses the temporaries itself."""

@@ -218,7 +218,7 @@ def softened_blocks(num_rows: int, num_columns: int, device: torch.device) -> It
 
 def at_least_float32(values: Tensor) -> Tensor:
     """Give float64 tensors as they are and all others as float32."""
-    return values if values.dtype == torch.float64 else values.to(torch.float32)
+    return values if values.dtype in {torch.float32, torch.float64} else values.to(torch.float32)
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ from kdcache.codecs.spectral.rows import (
     all_rows,
     decoded_product,
     encoding_parameters,
+    steps_or_nan,
 )
 from kdcache.codecs.spectral.zigzag import scaled, unzigzag, zigzag
 from kdcache.documents.codec_specs import Spectral
@@ -259,7 +260,7 @@ class SpectralCodec(LogitCodec):
     def prepare(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give the parameters with the basis in the type of the matrix products, so that decoding converts nothing."""
         dtype = torch.bfloat16 if self.spec.precision == "bfloat16" else torch.float32
-        return {**parameters, "basis": parameters["basis"].to(dtype)}
+        return {**parameters, "basis": parameters["basis"].to(dtype), "steps_or_nan": steps_or_nan(parameters)}
 
     def prepare_to_encode(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add what encoding needs besides; see `kdcache.codecs.spectral.rows.encoding_parameters`.
@@ -390,8 +391,9 @@ class SpectralCodec(LogitCodec):
         ShapeError
             The codes have another number of columns.
         """
-        bits, steps = self._bits_and_steps(codes, parameters)
-        return self._decoded(unzigzag(bits), steps, self.prepare(parameters))
+        prepared = self.prepare(parameters)
+        bits, steps = self._bits_and_steps(codes, prepared)
+        return self._decoded(unzigzag(bits), steps, prepared)
 
     def coordinates(
         self, codes: Shaped[Tensor, "row column"], parameters: Mapping[str, Tensor]
@@ -407,9 +409,8 @@ class SpectralCodec(LogitCodec):
 
     def _bits_and_steps(self, codes: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         check_codes(codes, self)
-        levels = codes[:, -1:].to(torch.int32)
-        steps = parameters["steps"][levels.clamp(max=NUM_LEVELS - 1)]
-        return codes[:, :-1].view(torch.int16), torch.where(levels < NUM_LEVELS, steps, torch.nan)
+        levels = codes[:, -1].to(torch.int32).clamp_(max=NUM_LEVELS)
+        return codes[:, :-1].view(torch.int16), steps_or_nan(parameters).index_select(0, levels)[:, None]
 
     def is_fill(self, codes: Shaped[Tensor, "row column"]) -> Bool[Tensor, " row"]:
         """Tell for each row whether it holds the reserved fill code in any column."""

@@ -17,6 +17,7 @@ __all__ = [
     "encoding_parameters",
     "felt",
     "in_blocks",
+    "steps_or_nan",
 ]
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from typing import Protocol
 import torch
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
+from torch.nn import functional
 
 from kdcache.codecs.base import block_elements, row_blocks
 from kdcache.codecs.bounds import scaled_bounds
@@ -207,6 +209,12 @@ class MadeRows:
             lowest_logit=logits.amin(dim=1).float(),
             highest_logit=logits.amax(dim=1).float(),
         )
+
+
+def steps_or_nan(parameters: Mapping[str, Tensor]) -> Float32[Tensor, " level"]:
+    """Give the steps and, for the level of a hole, NaN; they are made once, when the parameters are prepared."""
+    made = parameters.get("steps_or_nan")
+    return functional.pad(parameters["steps"], (0, 1), value=torch.nan) if made is None else made
 
 
 def decoded_product(
