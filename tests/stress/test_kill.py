@@ -60,7 +60,7 @@ def wait_for_records(cache: Path, count: int, process: subprocess.Popen[str]) ->
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("num_records", [1, 20, 45])
+@pytest.mark.parametrize("num_records", [1, 20, pytest.param(45, marks=pytest.mark.slow)])
 def test_a_killed_build_is_finished_by_the_same_command_with_equal_data(tmp_path, undisturbed, num_records):
     job = write_job(tmp_path, "cache")
     process = build(job)
@@ -73,7 +73,9 @@ def test_a_killed_build_is_finished_by_the_same_command_with_equal_data(tmp_path
     assert verify_cache(tmp_path / "cache").is_sound
 
 
-@pytest.mark.parametrize("at", [5, 24], ids=["in the pilot", "in the tasks"])
+@pytest.mark.parametrize(
+    "at", [pytest.param(5, id="in the pilot", marks=pytest.mark.slow), pytest.param(24, id="in the tasks")]
+)
 def test_a_local_cluster_outlives_a_killed_worker_with_equal_data(tmp_path, undisturbed, at):
     flag = tmp_path / "killed"
     result = finish(build(write_job(tmp_path, "cache", flag=flag, at=at), "--workers", "2"))

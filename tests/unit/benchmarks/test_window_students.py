@@ -185,6 +185,7 @@ def test_the_teacher_itself_scores_perfectly(arms, subject):
     assert (found["kl"], found["kl_at_temperature"], found["agreement"]) == (0, 0, 1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_seeds_it_has(subject, tmp_path, monkeypatch):
     results = tmp_path / "gpu.json"
     plan = replace(PLAN, steps=3)

@@ -97,6 +97,7 @@ def test_a_generous_budget_leaves_room_for_rows_that_lie_further_out(tmp_path):
     assert cache.certificate(1.0).kl_bound <= 1e-3
 
 
+@pytest.mark.slow
 def test_where_a_basis_takes_little_of_a_budget_it_is_not_cut(tmp_path):
     points = chosen(tmp_path, bytes_per_row=20).points
     assert {point.codec.rank for point in points if isinstance(point.codec, Spectral)} == {6}
@@ -110,6 +111,7 @@ def test_as_many_classes_are_kept_as_a_budget_allows(tmp_path):
     assert most.bytes_over(3000) > 0.8 * 200 * 3000
 
 
+@pytest.mark.slow
 def test_a_sampled_tail_is_no_candidate_because_its_kl_leaves_out_the_tail(tmp_path):
     tails = {point.codec.tail for point in chosen(tmp_path, bytes_per_row=30).points if isinstance(point.codec, TopK)}
     assert tails == {"class-means"}
