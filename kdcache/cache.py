@@ -129,6 +129,9 @@ class SoftTargetCache:
         self._store = store
         self._resident: dict[str, ResidentCodes] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resident": {}}  # another process holds rows of its own
+
     def __repr__(self) -> str:
         return (
             f"SoftTargetCache({self.address!r}: {self.num_examples} examples x {self.num_views} views, "

@@ -29,6 +29,8 @@ def choose_device(name: str) -> torch.device:
         raise OptionError(f"{name!r} is no device of torch; give 'auto', 'cpu', 'cuda' or 'cuda:1'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {name!r} was asked for, but torch finds no CUDA device; give 'auto' or 'cpu'")
+    if device == torch.device("cuda"):  # without a number
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.errors import StoreError
+from kdcache.store.room import room
 
 PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>[1-9][0-9]*)-[0-9a-f]{16}\.partial")
@@ -80,7 +81,7 @@ class Objects(Protocol):
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes | npt.NDArray[np.uint8]]:
         """Yield ranges of one object, (start, length) in bytes, each as `read_range` would; in as few requests as pay.
 
-        What is yielded is good until the next is asked for.
+        What is yielded is good until this thread asks for the next, here or elsewhere.
 
         Raises
         ------
@@ -192,9 +193,8 @@ class LocalObjects:
             # No more memory than the file can fill, whatever a damaged index asks for.
             file_bytes = os.fstat(descriptor).st_size
             lengths = [max(0, min(length, file_bytes - start)) for start, length in ranges]
-            room = np.empty(max(lengths, default=0), np.uint8)  # new memory for each would cost as much as reading it
             for (start, _), length in zip(ranges, lengths, strict=True):
-                yield _read_fully(descriptor, start, room[:length])
+                yield _read_fully(descriptor, start, room("stored", length))
         finally:
             os.close(descriptor)
 
@@ -298,15 +298,15 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _read_fully(descriptor: int, start: int, room: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Read into some room, and give what of it was filled."""
+def _read_fully(descriptor: int, start: int, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Read into an array, and give what of it was filled."""
     num_bytes = 0
-    while num_bytes < len(room):
-        num_read = os.preadv(descriptor, [room[num_bytes:].data], start + num_bytes)
+    while num_bytes < len(out):
+        num_read = os.preadv(descriptor, [out[num_bytes:].data], start + num_bytes)
         if not num_read:
             break
         num_bytes += num_read
-    return room[:num_bytes]
+    return out[:num_bytes]
 
 
 def _write_fully(descriptor: int, data: bytes) -> None:

@@ -19,6 +19,7 @@ from kdcache.errors import ShapeError
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
 from kdcache.store.recent import Recent
+from kdcache.store.room import room
 from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_index, shorter_than_index
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
@@ -58,6 +59,7 @@ class ShardedReader:
         self._place_of = place_of
         self._indexes: Recent[int, npt.NDArray[np.int64]] = Recent(max(cache_bytes, spec.index_bytes))
         self._chunks: Recent[int, npt.NDArray[Any]] = Recent(cache_bytes)
+        self._every_row = np.arange(spec.chunk_rows)
 
     def read_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Read rows by number, in the order given; each chunk is read once however many of its rows are asked for.
@@ -142,7 +144,7 @@ class ShardedReader:
         Parameters
         ----------
         rows : ndarray [row] of int64
-            Row numbers, ascending.
+            Row numbers, ascending; duplicates allowed.
         out : ndarray [place, column]
             Of the stored dtype.
         places : ndarray [row] of int64
@@ -155,7 +157,8 @@ class ShardedReader:
         CorruptCacheError
             A shard is missing, torn or altered.
         """
-        decoded = np.empty((self.spec.chunk_rows, self.spec.num_columns), self.spec.little)
+        decoded = room("decoded", self.spec.chunk_bytes).view(self.spec.little)
+        decoded = decoded.reshape(self.spec.chunk_rows, self.spec.num_columns)
         whole_rows = out.view(f"V{self.spec.row_bytes}")[:, 0]  # rows as single values move twice as quickly
         positions = by_chunk(rows // self.spec.chunk_rows)
         for shard_index, within in _by_shard(list(positions), self.spec.num_chunks):
@@ -163,8 +166,9 @@ class ShardedReader:
             for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
                 wanted = positions[shard_index * self.spec.num_chunks + chunk_in_shard]
                 chunk = decode_chunk(stored, self.spec, place=place, out=decoded)
-                if len(wanted) < len(chunk):
-                    chunk = chunk[rows[wanted] % self.spec.chunk_rows]
+                within_chunk = rows[wanted] % self.spec.chunk_rows
+                if not np.array_equal(within_chunk, self._every_row):  # rows may be missing, or stand twice
+                    chunk = chunk[within_chunk]
                 check(chunk, rows[wanted])
                 whole_rows[places[wanted]] = chunk.view(whole_rows.dtype)[:, 0]
 
@@ -339,7 +343,7 @@ class CodesReader:
         Parameters
         ----------
         rows : ndarray [row] of int64
-            Row numbers, views included: different ones, ascending.
+            Row numbers, views included, ascending; duplicates allowed.
         out : ndarray [place, column]
             Of the stored dtype.
         places : ndarray [row] of int64

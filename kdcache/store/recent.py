@@ -4,11 +4,12 @@ from __future__ import annotations
 
 __all__ = ["Recent"]
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
+
+from kdcache.store.locks import Renewed
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -25,10 +26,14 @@ class Recent(Generic[Key, Value]):
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
+        self.renew()
+        Renewed.add(self)
+
+    def renew(self) -> None:
+        """Keep nothing; what another thread was changing when this process was forked may be half changed."""
         self._bytes = 0
         self._values: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self._lock = threading.Lock()
-        self._pid = os.getpid()
 
     def __reduce__(self) -> tuple[type[Recent[Key, Value]], tuple[int]]:
         return type(self), (self._max_bytes,)
@@ -40,7 +45,7 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key) -> Value | None:
         """Give a value and count it as used; None where it is not kept."""
-        with self._own_lock():
+        with self._lock:
             if key not in self._values:
                 return None
             self._values.move_to_end(key)
@@ -48,7 +53,7 @@ class Recent(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value, num_bytes: int) -> None:
         """Keep a value, and drop those used longest ago until all fit."""
-        with self._own_lock():
+        with self._lock:
             if key in self._values or num_bytes > self._max_bytes:
                 return
             self._values[key] = (value, num_bytes)
@@ -56,9 +61,3 @@ class Recent(Generic[Key, Value]):
             while self._bytes > self._max_bytes:
                 _, (_, freed) = self._values.popitem(last=False)
                 self._bytes -= freed
-
-    def _own_lock(self) -> threading.Lock:
-        """Give this process's lock: in a forked one, another thread's may stay locked for ever."""
-        if self._pid != os.getpid():
-            self.__init__(self._max_bytes)  # type: ignore[misc] # as new
-        return self._lock

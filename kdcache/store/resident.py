@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["ResidentCodes"]
 
-import os
 import threading
 import weakref
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from kdcache.store.locks import Renewed
 from kdcache.store.reader import CodesReader, distinct
 
 NUM_THREADS = 2
@@ -43,6 +43,7 @@ class ResidentCodes:
         self._is_filled = np.zeros(num_rows // self._chunk_rows, bool)
         self.is_whole = False
         self._start()
+        Renewed.add(self)
 
     def fill(self, rows: np.ndarray) -> None:
         """Make rows readable, int64 [row]; then go on with all the others in the background.
@@ -73,8 +74,11 @@ class ResidentCodes:
         self._finish()
         self._pool.shutdown(wait=True)
 
+    def renew(self) -> None:
+        """Have threads of this process, which was forked; the others stayed behind."""
+        self._start()
+
     def _start(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-resident")
         self._pending: dict[int, Future[None]] = {}
@@ -82,11 +86,15 @@ class ResidentCodes:
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True).atexit = False
 
     def _wait_for(self, chunks: Iterable[int]) -> None:
-        if self._pid != os.getpid():  # the threads, and who held the lock, stayed behind in another process
-            self._start()
-        futures = [self._submitted(chunk) for chunk in chunks]
-        for future in futures:
-            future.result()
+        futures = [(chunk, self._submitted(chunk)) for chunk in chunks]
+        for chunk, future in futures:
+            try:
+                future.result()
+            except Exception:
+                with self._lock:  # whoever asks again has it tried again
+                    if self._pending.get(chunk) is future:
+                        del self._pending[chunk]
+                raise
 
     def _submitted(self, chunk: int) -> Future[None]:
         """Have a chunk decoded, unless it is being decoded: twice at a time, one would write where another reads."""
@@ -112,7 +120,7 @@ class ResidentCodes:
         last = min(first_chunk + _PIECE_CHUNKS, len(self._is_filled))
         for chunk in (first_chunk + np.flatnonzero(~self._is_filled[first_chunk:last])).tolist():
             with self._lock:
-                if chunk in self._pending:
+                if chunk in self._pending or self._is_filled[chunk]:
                     continue
                 future = self._pending[chunk] = Future[None]()
             self._settle(future, chunk)

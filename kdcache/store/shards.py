@@ -20,7 +20,6 @@ __all__ = [
 ]
 
 import struct
-import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from numcodecs import blosc
 
 from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store.place import Place
+from kdcache.store.room import room
 
 _CLEVEL = 1
 _BLOCK_BYTES = 512 * 1024
@@ -378,19 +378,9 @@ def _encode_chunk(chunk: npt.NDArray[Any], spec: ShardSpec) -> bytes:
     return body + _checksum(body)
 
 
-class _Kept(threading.local):
-    laid: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-
-
-_kept = _Kept()
-
-
 def _scratch(shape: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Give room for a chunk as it is stored, one a thread: new pages would cost as much as decompressing into them."""
-    num_bytes = shape[0] * shape[1] * dtype.itemsize
-    if len(_kept.laid) < num_bytes:
-        _kept.laid = np.empty(num_bytes, np.uint8)
-    return _kept.laid[:num_bytes].view(dtype).reshape(shape)
+    """Give room for a chunk as it is laid down: new pages would cost as much as decompressing into them."""
+    return room("laid", shape[0] * shape[1] * dtype.itemsize).view(dtype).reshape(shape)
 
 
 def _one_thread() -> None:

@@ -160,3 +160,17 @@ class Wanted:
         parts = [self.topology.part(*self.batches.positions(number)) for number in numbers]
         found = [np.arange(max(first, start), min(last, stop)) for first, last in parts]
         return np.concatenate([np.empty(0, np.int64), *found])
+
+    def first_from(self, start: int) -> int | None:
+        """Give the first of them from `start` on; None where there is none.
+
+        Examples
+        --------
+        >>> Wanted(GlobalBatches(10, 4, drop_last=True), Topology(1, 2)).first_from(4)
+        6
+        """
+        for number in range(max(start // self.batches.batch_size, self.first_batch), len(self.batches)):
+            first, last = self.topology.part(*self.batches.positions(number))
+            if start < last:
+                return max(first, start)
+        return None

@@ -13,11 +13,12 @@ import hashlib
 import multiprocessing
 import os
 import random
+import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,6 +95,8 @@ class InputReader:
 
     def start(self) -> None:
         """Start the workers, from this thread, unless they run; they are kept until `close`."""
+        if self._pool is not None and any(not process.is_alive() for process in _processes(self._pool)):
+            self.close()
         if self.num_workers == 0 or self._pool is not None:
             return
         self._pool = ProcessPoolExecutor(
@@ -105,7 +108,7 @@ class InputReader:
         self._closing = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         self._pool.submit(_nothing)  # starts them
 
-    def request(self, indices: np.ndarray, checked: np.ndarray, *, seed: str) -> Callable[[], InputBatch]:
+    def request(self, indices: np.ndarray, checked: np.ndarray, *, seed: tuple[int, ...]) -> Callable[[], InputBatch]:
         """Ask for a batch; workers begin with it now, and without them it is read when the answer is called for.
 
         Parameters
@@ -114,7 +117,7 @@ class InputReader:
             Positions in the inputs.
         checked : ndarray [checked] of int64
             Of these digests are wanted.
-        seed : str
+        seed : tuple of int
             Seeds all that a worker draws for this batch, so that it does not depend on who reads it.
 
         Returns
@@ -122,26 +125,36 @@ class InputReader:
         callable () -> InputBatch
             Waits for the answer. Raises what reading raised; WorkerError where a worker died.
         """
-        if self._pool is None:
+        if self.num_workers == 0:
             return lambda: self._reading.read(indices, checked)
+        if self._pool is None:
+            raise _closed()
         try:
-            future = self._pool.submit(_read, indices, checked, seed)
+            future = self._pool.submit(_read, indices, checked, "|".join(map(str, seed)))
         except BrokenProcessPool as error:
-            raise self._lost() from error
+            raise self._lost(error) from error
         return _Answer(future, self)
+
+    def forget(self, answers: Iterable[Callable[[], InputBatch]]) -> None:
+        """Let workers leave what nobody waits for any more."""
+        for answer in answers:
+            if isinstance(answer, _Answer):
+                answer.future.cancel()
 
     def close(self) -> None:
         """End the workers."""
         if self._pool is not None:
+            self._closing.detach()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def _lost(self) -> WorkerError:
+    def _lost(self, error: BrokenProcessPool) -> WorkerError:
         self._pool = None  # the next epoch starts others
         return WorkerError(
-            f"one of {self.num_workers} workers that read inputs died: killed for want of memory, or by a fault in the "
-            "dataset's own code. No batch was skipped: state_dict() still says where training stands. Try fewer "
-            "workers, or num_workers=0, which shows where a dataset fails; then go on with load_state_dict"
+            f"the {self.num_workers} worker(s) that read inputs are lost ({error}): one was killed, perhaps for want "
+            "of memory or by a fault in the dataset's own code, or worker_init failed. No batch was skipped: "
+            "state_dict() still says where training stands. Try fewer workers, or num_workers=0, which shows where a "
+            "dataset fails; then go on with load_state_dict"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,10 +170,20 @@ class _Answer:
         try:
             return self.future.result()
         except BrokenProcessPool as error:
-            raise self.reader._lost() from error  # noqa: SLF001 - its own kind
+            raise self.reader._lost(error) from error  # noqa: SLF001 - its own kind
+        except CancelledError as error:
+            raise _closed() from error
 
-    def cancel(self) -> None:
-        self.future.cancel()
+
+def _closed() -> WorkerError:
+    return WorkerError(
+        "the workers that read inputs were closed while an iteration went on, so that its next batch has none. No "
+        "batch was skipped; begin another iteration, which starts others"
+    )
+
+
+def _processes(pool: ProcessPoolExecutor) -> list[Any]:
+    return list((pool._processes or {}).values())  # noqa: SLF001 - a pool does not say whether its workers live
 
 
 _mine: list[_Reading] = []
@@ -168,6 +191,7 @@ _mine: list[_Reading] = []
 
 
 def _begin(reading: _Reading, worker_init: Callable[[], None] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the program's to answer; it goes to all processes
     torch.set_num_threads(1)  # the processes share the processor's cores already
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _mine[:] = [reading]

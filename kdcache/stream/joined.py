@@ -12,6 +12,7 @@ import numpy as np
 from kdcache.cache import SoftTargetCache
 from kdcache.errors import InputMismatchError, ShapeError, TransferSetError, UnknownExampleError
 from kdcache.transfer_set import TransferSet
+from kdcache.transfer_set.sources import ListSource
 
 
 class JoinedExamples:
@@ -77,7 +78,7 @@ class JoinedExamples:
             Positions in the inputs.
         """
         first_row, num_rows = self._first_row[indices], self._num_rows[indices]
-        if self.has_single_rows:
+        if self.has_single_rows or not len(indices):
             return first_row, num_rows
         ends = np.cumsum(num_rows, dtype=np.int64)
         offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
@@ -211,7 +212,7 @@ def ids_as_inputs(cache: SoftTargetCache) -> TransferSet:
     options: dict[str, Any] = {"labels": cache.labels, "num_rows": ends - cache.first_rows, "digest_inputs": False}
     if ids.dtype.kind == "i":
         return TransferSet.from_arrays(ids, example_ids=ids, **options)
-    return TransferSet(ids, example_ids=ids, collate=list, **options)
+    return TransferSet(ListSource(ids.tolist()), example_ids=ids, collate=list, **options)
 
 
 def _views_in_words(views: tuple[str, int] | None) -> str:

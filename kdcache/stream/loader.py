@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = ["SoftTargetLoader"]
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,8 +76,8 @@ class SoftTargetLoader:
         many batches.
     num_workers : int
         Processes that read inputs and make views of them, kept from epoch to epoch; 0 reads on a thread. They never
-        touch the cache. What a dataset draws at random is seeded in them for each batch: the same for any number of
-        workers, and after a restore.
+        touch the cache. What a dataset draws at random is seeded in them for each batch of a rank: the same for any
+        number of workers from 1 on, and after a restore. On the thread it is drawn from this process's own generators.
     start_method : {"fork", "spawn", "forkserver"}, optional
         How workers are started; Python's default where absent.
     worker_init : callable () -> None, optional
@@ -213,9 +215,13 @@ class SoftTargetLoader:
         self._reader.close()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives, from its first batch."""
-        self._epoch, self._start = epoch, 0
-        self._position = (epoch, 0)
+        """Choose the epoch that the next iteration gives, from its first batch.
+
+        The epoch in which `load_state_dict` left off keeps its place: a loop that names its epochs goes on within it.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._start = epoch, 0
+        self._position = (self._epoch, self._start)
 
     def state_dict(self) -> dict[str, int]:
         """Give the position behind the batch given last, and what it is a position in.
@@ -240,7 +246,11 @@ class SoftTargetLoader:
                 f"the state is of a loader with {other}, this one has {ours}: examples would be lost or repeated. Make "
                 "the loader with the same arguments"
             )
+        if not {"epoch", "next_batch"} <= state.keys():
+            raise TransferSetError(f"the state has no epoch and next_batch, only {sorted(state)}; it is no loader's")
         self._epoch, self._start = state["epoch"], state["next_batch"]
+        if self._start >= len(self):  # of a loader that had more batches: with drop_last the last one is left out
+            self._epoch, self._start = self._epoch + 1, 0
         self._position = (self._epoch, self._start)
 
     def _order_state(self) -> dict[str, int]:
@@ -264,6 +274,7 @@ class SoftTargetLoader:
         topology = Topology.current(*self._topology)
         self._batches.check_parts(topology)
         self._reader.start()
+        self._transfer.begin()
         for number, batch in enumerate(self._made_ahead(epoch, start, topology), start=start + 1):
             # With its last batch an epoch is over: who counts batches does not ask for what would come behind it.
             if number < len(self):
@@ -281,18 +292,21 @@ class SoftTargetLoader:
     def _made_ahead(self, epoch: int, start: int, topology: Topology) -> Iterator[Batch]:
         """Make batches on a thread, a few ahead of use."""
         order = self._epochs.order(epoch)
-        steps = self._steps(order, epoch, start, topology)
+        asked: deque[_Step] = deque(maxlen=2 * self._prefetch_batches + 2)
         wanted = Wanted(self._batches, topology, start)
         with contextlib.closing(self._source.reading(order, wanted)) as reading:
             ahead = made_ahead(
                 lambda step: self._make(step, reading),
-                steps,
+                _noted(self._steps(order, epoch, start, topology), asked),
                 depth=self._prefetch_batches,
                 one_by_one=self._reader.num_workers > 0,
             )
-            with contextlib.closing(ahead):
+            try:
                 for batch, copied in ahead:
                     yield self._transfer.received(batch, copied)
+            finally:
+                self._reader.forget(step.inputs for step in asked)
+                ahead.close()
 
     def _steps(self, order: Order, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
         """Give what each step needs, from a batch on: this rank's examples, whose inputs are asked for."""
@@ -302,20 +316,26 @@ class SoftTargetLoader:
             parts = [topology.part(*self._batches.positions(number)) for number in numbers]
             positions = np.concatenate([np.arange(*part) for part in parts])
             indices = self._epochs.indices_at(order, positions)
-            edges = np.cumsum([stop - begin for begin, stop in parts])[:-1]
-            for number, examples, places in zip(
-                numbers, np.split(indices, edges), np.split(positions, edges), strict=True
-            ):
-                yield self._step(epoch, number, examples, places, is_first=number == start)
+            edges = list(itertools.accumulate(stop - begin for begin, stop in parts))[:-1]
+            for number, begin, end in zip(numbers, [0, *edges], [*edges, len(positions)], strict=True):
+                yield self._step(epoch, number, indices[begin:end], positions[begin:end], is_first=number == start)
 
     def _step(self, epoch: int, number: int, indices: np.ndarray, positions: np.ndarray, *, is_first: bool) -> _Step:
-        checked = indices if is_first else indices[[int(indices[0]) % len(indices)]]
         if not self._joined.has_digests:
-            checked = checked[:0]
-        request = self._reader.request(indices, checked, seed=f"{self.seed}|{epoch}|{number}|{int(positions[0])}")
+            checked = indices[:0]
+        elif is_first:
+            checked = indices
+        else:
+            place = int(indices[0]) % len(indices)
+            checked = indices[place : place + 1]
+        request = self._reader.request(indices, checked, seed=(self.seed, epoch, number, int(positions[0])))
         return _Step(indices, positions, checked, request)
 
     def _make(self, step: _Step, reading: RowReading) -> tuple[Batch, Any]:
+        with self._transfer.beside():
+            return self._made(step, reading)
+
+    def _made(self, step: _Step, reading: RowReading) -> tuple[Batch, Any]:
         inputs, digests = step.inputs()
         if len(step.checked):
             self._joined.check_digests(step.checked, digests)
@@ -335,6 +355,12 @@ class _Step:
     positions: np.ndarray
     checked: np.ndarray
     inputs: Callable[[], InputBatch]
+
+
+def _noted(steps: Iterator[_Step], asked: deque[_Step]) -> Iterator[_Step]:
+    for step in steps:
+        asked.append(step)
+        yield step
 
 
 def _as_transfer_set(cache: SoftTargetCache, inputs: TransferSet | Any | None) -> TransferSet:

@@ -198,4 +198,7 @@ def _ids_of_dataset(dataset: Any) -> np.ndarray | None:
 
 
 def _normal(values: Any) -> np.ndarray:
-    return normal_ids(values if hasattr(values, "__array__") or isinstance(values, list | tuple) else list(values))
+    """Give ids as an array of their own: they may be changed in place while what was found by them is remembered."""
+    return normal_ids(
+        values if hasattr(values, "__array__") or isinstance(values, list | tuple) else list(values)
+    ).copy()

@@ -183,11 +183,13 @@ class WindowedOrder:
         return self.first_examples[blocks] + places - first_places
 
     def _permutation(self, window: int, num_examples: int) -> ShuffledOrder:
-        if window not in self._permutations:
+        permutation = self._permutations.get(window)
+        if permutation is None:
+            permutation = ShuffledOrder(num_examples, self.seed, self.epoch, f"window|{window}")
             if len(self._permutations) > 1:
-                self._permutations.clear()
-            self._permutations[window] = ShuffledOrder(num_examples, self.seed, self.epoch, f"window|{window}")
-        return self._permutations[window]
+                self._permutations.clear()  # another thread may do the same, and needs only its own
+            self._permutations[window] = permutation
+        return permutation
 
     @functools.cached_property
     def _block_ends(self) -> Positions:

@@ -84,10 +84,12 @@ def choose_tier(
     """Choose the quickest tier that what is there allows; see the module for what each is."""
     if cache.complete is None:
         return "scattered"
+    if local_copy is not None:
+        return "mapped"
     num_bytes = cache.coded_bytes(teachers=teachers)
     if num_bytes <= max_resident_bytes:
         return "device" if _has_room(device, num_bytes) else "memory"
-    return "mapped" if local_copy is not None else "windows"
+    return "windows"
 
 
 def open_tier(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["DeviceTransfer"]
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,15 @@ class DeviceTransfer:
         self.device = None if device is None else choose_device(str(device))
         self._stream = None if self.device is None or self.device.type != "cuda" else torch.cuda.Stream(self.device)
 
+    def begin(self) -> None:
+        """Let copies come behind what the training's stream has been asked for so far, in the training's thread."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """Do what makes a batch on the stream of the copies, in any thread."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def send(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], torch.cuda.Event | None]:
         """Start the copy, in any thread."""
         if self.device is None:
@@ -53,7 +63,9 @@ class DeviceTransfer:
 
 
 def _moved(part: Any, device: torch.device) -> Any:
-    return part.to(device, non_blocking=True) if isinstance(part, SoftTargets) else move(part, device)
+    if isinstance(part, SoftTargets):
+        return part.to(device, non_blocking=device.type == "cuda")  # others read on from memory that is used again
+    return move(part, device)
 
 
 def _pinned(part: Any) -> Any:

@@ -11,6 +11,7 @@ __all__ = ["WindowedRows"]
 
 import itertools
 import sys
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ class WindowedRows:
     epochs: Epochs
     windows: Windows
     teachers: Sequence[str] | None = None
-    _room: list[_Room] = field(default_factory=list, init=False, repr=False)
+    _idle: list[_Room] = field(default_factory=list, init=False, repr=False)
+    """Memory of the epoch before, for the one to come; loops at the same time have some each."""
 
     tier = "windows"
 
@@ -59,7 +61,8 @@ class WindowedRows:
     def held_bytes(self) -> int:
         """Bytes of the windows that are held: one that is decoded, one that is given, one of which batches are in use.
 
-        Of several ranks each holds its own rows alone, and so its part of this.
+        More are held where the batches that wait or are kept belong to more windows. Of several ranks each holds its
+        own rows alone, and so its part of this.
         """
         return _HELD_WINDOWS * self.windows.window_bytes
 
@@ -67,9 +70,11 @@ class WindowedRows:
         """Begin an epoch, of which only the wanted positions will be read."""
         if not isinstance(order, WindowedOrder):
             raise TypeError(f"windows are read in a WindowedOrder, not in a {type(order).__name__}")
-        if not self._room:
-            self._room.append(_Room(self.cache.codes_readers(teachers=self.teachers)))
-        return _Reading(self, order, wanted, self._room[0])
+        try:
+            room = self._idle.pop()
+        except IndexError:
+            room = _Room(self.cache.codes_readers(teachers=self.teachers))
+        return _Reading(self, order, wanted, room)
 
 
 class _Reading:
@@ -81,7 +86,7 @@ class _Reading:
         self._wanted = wanted
         self._room = room
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-windows")
-        self._windows: dict[int, _Window] = {}
+        self._windows: deque[_Window] = deque()
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002 - they follow from positions
         """Give the rows of examples at neighbouring wanted positions of the epoch, int64 [example].
@@ -91,29 +96,41 @@ class _Reading:
         CorruptCacheError
             A shard is missing, torn or altered, or holds no data where a row should be.
         """
-        windows = self._order.window_of(positions)
-        edges = [0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(positions)]
-        parts = [
-            self._window(int(windows[start])).rows(int(positions[start]), int(positions[end - 1]))
-            for start, end in itertools.pairwise(edges)
-        ]
+        first, last = int(positions[0]), int(positions[-1])
+        parts = []
+        while True:
+            window = self._window_at(first)
+            end = int(np.searchsorted(positions, window.end))
+            parts.append(window.rows(first, int(positions[end - 1])))
+            if last < window.end:
+                break
+            first = int(positions[end])
         codes = parts[0] if len(parts) == 1 else [_joined(same) for same in zip(*parts, strict=True)]
         return self._source.cache.wrap(codes, teachers=self._source.teachers)
 
     def close(self) -> None:
         """End the threads; what they are at is finished, the rest left."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if not self._source._idle:  # noqa: SLF001 - its own kind
+            self._source._idle.append(self._room)  # noqa: SLF001 - its own kind
 
-    def _window(self, index: int) -> _Window:
-        for earlier in [held for held in self._windows if held < index]:
-            self._windows.pop(earlier).done()
-        for needed in range(index, min(index + 2, self._order.num_windows)):
-            if needed not in self._windows:
-                self._windows[needed] = self._load(needed)
-        return self._windows[index]
+    def _window_at(self, position: int) -> _Window:
+        """Give the window of a position, and begin with the next one of which positions are wanted."""
+        if self._windows and position < self._windows[0].end:
+            return self._windows[0]
+        if len(self._windows) < 2 or position >= self._windows[1].end:  # at the start, and behind what was read on
+            self._windows.clear()
+            self._windows.append(self._load(position))
+        else:
+            self._windows.popleft().done()
+        following = self._wanted.first_from(self._windows[0].end)
+        if following is not None:
+            self._windows.append(self._load(following))
+        return self._windows[0]
 
-    def _load(self, index: int) -> _Window:
-        positions = self._wanted.within(*self._order.positions_of(index))
+    def _load(self, position: int) -> _Window:
+        start, end = self._order.positions_of(int(self._order.window_of(np.array([position]))[0]))
+        positions = self._wanted.within(start, end)
         epochs = self._source.epochs
         rows, num_rows = epochs.joined.rows_of(epochs.indices_at(self._order, positions))
         arrays = self._room.take(len(rows))
@@ -124,13 +141,14 @@ class _Reading:
             for piece in pieces
             for reader, array in zip(self._room.readers, arrays, strict=True)
         ]
-        return _Window(positions, np.concatenate([[0], np.cumsum(num_rows)]), arrays, loading)
+        return _Window(end, positions, np.concatenate([[0], np.cumsum(num_rows)]), arrays, loading)
 
 
 @dataclass(frozen=True, eq=False)
 class _Window:
     """A window's rows in the order of the epoch, one array a teacher, and what is still being decoded of them."""
 
+    end: int
     positions: np.ndarray
     first_rows: np.ndarray
     arrays: list[np.ndarray]

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.transfer_set.digests import DIGEST_BYTES, input_digest, row_digests
-from kdcache.transfer_set.sources import ArraySource, DatasetSource, Source, TableSource, open_table
+from kdcache.transfer_set.sources import ArraySource, DatasetSource, ListSource, Source, TableSource, open_table
 from kdcache.transfer_set.views import Views, view_generator
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class TransferSet:
         collate: Callable[[list[Any]], Any] = default_collate,
         digest_inputs: bool = True,
     ) -> None:
-        is_source = isinstance(dataset, ArraySource | TableSource)
+        is_source = isinstance(dataset, ArraySource | ListSource | TableSource)
         self._source: Source = (
             dataset if is_source else DatasetSource(dataset, input_key=input_key, label_key=label_key, id_key=id_key)
         )

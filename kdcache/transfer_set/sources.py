@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ArraySource", "DatasetSource", "Example", "Source", "TableSource", "open_table"]
+__all__ = ["ArraySource", "DatasetSource", "Example", "ListSource", "Source", "TableSource", "open_table"]
 
 import bisect
 import functools
@@ -57,6 +57,20 @@ class ArraySource:
     def read_inputs(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Read many inputs at once, as a tensor [example, ...]."""
         return self.inputs.index_select(0, torch.from_numpy(np.asarray(indices, np.int64)))
+
+
+class ListSource:
+    """Inputs in a list, which know neither labels nor ids."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        self.inputs = inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def read(self, index: int) -> Example:
+        """Read one example by its position."""
+        return Example(self.inputs[index], None, None)
 
 
 class DatasetSource:

@@ -119,3 +119,29 @@ def test_a_forked_process_fills_what_was_not_filled(written):
         finally:
             os._exit(0 if is_right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_holding_all_beside_others_that_read_decodes_each_chunk_once(written, decoded):
+    for _ in range(20):
+        decoded.clear()
+        resident = written.resident()
+        readers = [threading.Thread(target=resident.fill, args=(np.array([row]),)) for row in (5, 100, 200)]
+        for reader in readers:
+            reader.start()
+        resident.fill_all()
+        for reader in readers:
+            reader.join()
+        wait_until_whole(resident)
+        assert sorted(decoded) == list(range(0, 384, 32))
+
+
+def test_rows_that_could_not_be_read_are_tried_again(written):
+    path = written.store.objects._path(SHARD)
+    data = path.read_bytes()
+    path.unlink()
+    resident = written.resident()
+    with pytest.raises(CorruptCacheError, match="the shard is missing"):
+        resident.fill(np.array([130]))
+    path.write_bytes(data)
+    resident.fill(np.array([130]))
+    np.testing.assert_array_equal(resident.codes[130], written.codes[130])

@@ -195,7 +195,7 @@ def test_an_error_of_the_dataset_comes_through(made):
 
 def test_a_worker_that_dies_is_an_error_that_says_what_to_do(made):
     loader = made(TransferSet(Dying(), input_key=0))
-    with pytest.raises(WorkerError, match=r"one of 2 workers that read inputs died.*num_workers=0"):
+    with pytest.raises(WorkerError, match=r"the 2 worker\(s\) that read inputs are lost.*num_workers=0"):
         list(loader)
     assert loader.state_dict()["next_batch"] == 0
 
@@ -205,9 +205,35 @@ def test_workers_that_died_are_replaced_in_the_next_epoch(made):
     next(iter(loader))
     for process in list(loader._reader._pool._processes.values()):
         process.kill()
-    with pytest.raises(WorkerError):
-        list(loader)
+        process.join()
     assert torch.equal(seen(loader), seen(made(num_workers=0)))
+
+
+def test_an_interrupt_is_the_programs_and_not_its_workers(made):
+    loader = made()
+    next(iter(loader))
+    processes = list(loader._reader._pool._processes.values())
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert torch.equal(seen(loader), seen(made(num_workers=0)))
+    assert processes == list(loader._reader._pool._processes.values())
+
+
+def test_workers_that_are_closed_under_an_iteration_are_an_error_that_says_so(made):
+    loader = made(batch_size=1, prefetch_batches=1)
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    with pytest.raises(WorkerError, match="were closed while an iteration went on"):
+        list(batches)
+
+
+def test_what_was_asked_for_is_not_read_once_the_loop_is_left(made):
+    loader = made(beside(slow), batch_size=1, prefetch_batches=18)
+    next(iter(loader))
+    start = time.monotonic()
+    next(iter(loader))
+    assert time.monotonic() - start < 2.5  # not behind the thirty-six that were asked for, for 3.6 seconds
 
 
 def test_a_negative_number_of_workers_is_refused(made):
@@ -218,6 +244,11 @@ def test_a_negative_number_of_workers_is_refused(made):
 def test_an_unknown_start_method_is_refused(made):
     with pytest.raises(OptionError, match="start_method is 'clone'"):
         made(start_method="clone")
+
+
+def slow():
+    time.sleep(0.2)
+    return torch.zeros(1)
 
 
 def one_thread_more():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import pickle
 import threading
 from typing import NamedTuple
 
@@ -287,6 +289,38 @@ def test_a_damaged_shard_is_an_error_in_the_training_loop(tmp_path):
     (tmp_path / "cache/teachers/echo/codes/c/1/0").unlink()
     with pytest.raises(CorruptCacheError, match="the shard is missing"):
         list(loader_of(cache, max_resident_bytes=0))
+
+
+def test_a_cache_that_is_held_in_memory_can_be_sent_to_another_process(cache):
+    list(loader_of(cache))
+    assert joined_rightly(loader_of(pickle.loads(pickle.dumps(cache))))  # noqa: S301 - our own object
+
+
+def test_a_loop_that_names_its_epochs_goes_on_within_one(cache):
+    whole, restored = loader_of(cache), loader_of(cache)
+    whole.set_epoch(2)
+    batches = iter(whole)
+    next(batches)
+    restored.load_state_dict(whole.state_dict())
+    restored.set_epoch(2)
+    assert labels_of(restored) == [labels.tolist() for _, labels, _ in batches]
+
+
+def test_a_state_behind_the_last_of_more_batches_goes_on_with_the_next_epoch(cache):
+    whole, shorter = loader_of(cache), loader_of(cache, drop_last=True)
+    for _ in itertools.islice(whole, 5):
+        pass
+    shorter.load_state_dict(whole.state_dict())
+    assert len(labels_of(shorter)) == 5
+    assert shorter.state_dict()["epoch"] == 2
+
+
+def test_what_is_no_state_is_refused(cache):
+    loader = loader_of(cache)
+    state = loader.state_dict()
+    del state["epoch"]
+    with pytest.raises(TransferSetError, match="has no epoch and next_batch"):
+        loader.load_state_dict(state)
 
 
 # Order ----------------------------------------------------------------------------------------------------------------

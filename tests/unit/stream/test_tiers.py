@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kdcache import Codes, SoftTargetLoader, TransferSet, open_cache
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, OptionError
 from kdcache.store import CodesReader
 from kdcache.stream.epochs import Windows
+from kdcache.stream.tiers import TIERS
 from kdcache.transfer_set import Views
 
 ROW_BYTES = 4 * 4
@@ -65,6 +67,36 @@ def test_examples_with_many_rows_are_given_whole(tmp_path, tier, num_rows):
     for batch, _, soft_targets in loader_of(tmp_path / "cache", transfer_set, **options_of(tier, tmp_path)):
         assert torch.allclose(soft_targets.logits()[:, 0], batch.flatten(0, 1))
         assert soft_targets.num_rows.tolist() == [num_rows] * len(batch)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("times", [2, 3])
+def test_examples_that_are_chosen_several_times_are_given_as_often(folder, tmp_path, tier, times):
+    chosen = [*range(0, 40, 2)] * times + [1]
+    loader = loader_of(folder, example_ids=chosen, **options_of(tier, tmp_path))
+    given = [(inputs, soft_targets.logits()[:, 0]) for inputs, _, soft_targets in loader]
+    assert all(torch.equal(inputs, logits) for inputs, logits in given)
+    expected = tiny_inputs()[sorted(chosen), 0].sort().values
+    assert torch.equal(torch.cat([inputs for inputs, _ in given])[:, 0].sort().values, expected)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_ranks_are_given_their_rows_from_windows_smaller_than_a_batch(tmp_path, num_rows, world_size, drop_last):
+    inputs = torch.randn(33, num_rows, 4)
+    transfer_set = TransferSet.from_arrays(inputs, num_rows=num_rows)
+    build_tiny(tmp_path / "cache", transfer_set, {"echo": Echo()})
+    given = []
+    for rank in range(world_size):
+        loader = loader_of(
+            tmp_path / "cache", transfer_set, tier="windows", window_bytes=1, batch_size=14, rank=rank,
+            world_size=world_size, drop_last=drop_last,
+        )  # fmt: skip
+        for batch, _, soft_targets in loader:
+            assert torch.equal(soft_targets.logits()[:, 0], batch.flatten(0, 1))
+            given.extend(batch[:, 0, 0].tolist())
+    assert len(set(given)) == len(given) == (28 if drop_last else 33)
 
 
 def padded(texts):
@@ -188,7 +220,14 @@ def test_memory_is_used_again(folder):
     for _ in range(20):
         for _ in loader:
             pass
-    assert len(loader._source._room[0].sets) <= 4
+    assert len(loader._source._idle[0].sets) <= 4
+
+
+def test_two_loops_at_once_have_memory_of_their_own(folder):
+    loader = loader_of(folder, tier="windows", window_bytes=ROW_BYTES * 8, batch_size=3)
+    for one, other in zip(iter(loader), iter(loader), strict=True):
+        assert torch.equal(one[2].logits()[:, 0], one[0])
+        assert torch.equal(other[2].logits()[:, 0], other[0])
 
 
 def test_windows_say_what_they_hold(folder):
@@ -203,11 +242,9 @@ def test_a_mapped_copy_holds_nothing(folder, tmp_path):
     assert loader_of(folder, tier="mapped", local_copy=tmp_path).held_bytes == 0
 
 
-def test_large_caches_have_windows_of_many_blocks_of_many_places(tmp_path):
-    cache = build_tiny(tmp_path / "cache")
-    windows = Windows.of(cache, teachers=None, window_bytes=None, most_rows_an_example=1)
-    assert windows.window_bytes <= 2**23
-    assert cache.document.shard_rows % windows.block_rows == 0
+def test_a_window_is_cut_into_blocks_where_chunks_allow(folder):
+    windows = Windows.of(open_cache(folder), teachers=None, window_bytes=4 * 8 * ROW_BYTES, most_rows_an_example=1)
+    assert windows == Windows(block_rows=8, window_blocks=4, row_bytes=ROW_BYTES)
 
 
 @pytest.mark.parametrize("most_rows", [2, 3, 100])
@@ -235,10 +272,12 @@ def test_a_damaged_shard_is_an_error_before_training(tmp_path, tier):
         loader_of(tmp_path / "cache", **options_of(tier, tmp_path))
 
 
-def test_windows_left_early_leave_no_thread_at_work(folder, reads):
+def test_windows_left_early_are_not_read_on(folder, reads):
     for _ in loader_of(folder, tier="windows", window_bytes=ROW_BYTES * 8, batch_size=1):
         break
-    assert len(reads) < 5
+    num_reads = len(reads)
+    time.sleep(0.1)
+    assert len(reads) == num_reads < 5
 
 
 # Without inputs -------------------------------------------------------------------------------------------------------
