@@ -95,6 +95,9 @@ class Objects(Protocol):
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys below the folder `prefix` ("" for all), sorted by path component."""
 
+    def forget(self, key: str) -> int:
+        """Drop what is kept of an object nearer than where it stands; gives how many parts, 0 where none are kept."""
+
 
 def open_objects(address: str | os.PathLike[str]) -> Objects:
     """Open the store at an address.
@@ -218,6 +221,10 @@ class LocalObjects:
                 yield from self.list(key)
             else:
                 yield key
+
+    def forget(self, key: str) -> int:  # noqa: ARG002 - files are read where they stand
+        """Drop nothing: files are read where they stand."""
+        return 0
 
     def remove_stale_partials(self) -> int:
         """Remove the partial files that writers which were stopped have left behind.

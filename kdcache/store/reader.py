@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.documents import CacheDocument
-from kdcache.errors import ShapeError
+from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
 from kdcache.store.recent import Recent
@@ -129,7 +129,7 @@ class ShardedReader:
         place = self._place_of(shard_index)
         for chunk_in_shard, stored in self._stored_chunks(shard_index, place, chunks):
             start = (chunk_in_shard - within) * chunk_rows
-            decode_chunk(stored, self.spec, place=place, out=out[start : start + chunk_rows])
+            self._decode(chunk_in_shard, stored, shard_index, place, out=out[start : start + chunk_rows])
 
     def scatter(
         self,
@@ -165,7 +165,7 @@ class ShardedReader:
             place = self._place_of(shard_index)
             for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
                 wanted = positions[shard_index * self.spec.num_chunks + chunk_in_shard]
-                chunk = decode_chunk(stored, self.spec, place=place, out=decoded)
+                chunk = self._decode(chunk_in_shard, stored, shard_index, place, out=decoded)
                 within_chunk = rows[wanted] % self.spec.chunk_rows
                 if not np.array_equal(within_chunk, self._every_row):  # rows may be missing, or stand twice
                     chunk = chunk[within_chunk]
@@ -175,6 +175,11 @@ class ShardedReader:
     def read_shard(self, shard_index: int, *, num_rows: int | None = None) -> npt.NDArray[Any]:
         """Read a whole shard, or its first `num_rows` rows, in one go and past the memory of chunks."""
         place = self._place_of(shard_index)
+        try:
+            return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows)
+        except CorruptCacheError:
+            if not self._objects.forget(place.key):
+                raise
         return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows)
 
     def check_shards(self) -> None:
@@ -194,11 +199,29 @@ class ShardedReader:
     def _read_chunks(self, shard_index: int, within: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         place = self._place_of(shard_index)
         for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
-            chunk = decode_chunk(stored, self.spec, place=place)
+            chunk = self._decode(chunk_in_shard, stored, shard_index, place)
             chunk.flags.writeable = False
             chunk_index = shard_index * self.spec.num_chunks + chunk_in_shard
             self._chunks.put(chunk_index, chunk, chunk.nbytes)
             yield chunk_index, chunk
+
+    def _decode(
+        self,
+        chunk_in_shard: int,
+        stored: bytes | npt.NDArray[np.uint8],
+        shard_index: int,
+        place: Place,
+        *,
+        out: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """Check and decode a chunk; one that was kept nearer and is damaged is read again from where it stands."""
+        try:
+            return decode_chunk(stored, self.spec, place=place, out=out)
+        except CorruptCacheError:
+            if not self._objects.forget(place.key):
+                raise
+        start, length = self._index(shard_index, place)[chunk_in_shard].tolist()
+        return decode_chunk(self._read_range(place, start, length), self.spec, place=place, out=out)
 
     def _stored_chunks(
         self, shard_index: int, place: Place, within: Sequence[int]
@@ -218,12 +241,20 @@ class ShardedReader:
         index = self._indexes.get(shard_index)
         if index is not None:
             return index
+        try:
+            index = self._read_index(place)
+        except CorruptCacheError:
+            if not self._objects.forget(place.key):
+                raise
+            index = self._read_index(place)
+        self._indexes.put(shard_index, index, index.nbytes)
+        return index
+
+    def _read_index(self, place: Place) -> npt.NDArray[np.int64]:
         shard_bytes = self._shard_bytes(place)
         start = max(0, shard_bytes - self.spec.index_bytes)
         tail = self._read_range(place, start, shard_bytes - start)
-        index = parse_index(tail, self.spec, shard_bytes=shard_bytes, place=place)
-        self._indexes.put(shard_index, index, index.nbytes)
-        return index
+        return parse_index(tail, self.spec, shard_bytes=shard_bytes, place=place)
 
     def _shard_bytes(self, place: Place) -> int:
         shard_bytes = self._objects.size(place.key)

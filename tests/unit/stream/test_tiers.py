@@ -323,3 +323,17 @@ def test_an_unfinished_cache_is_not_kept_locally(tmp_path):
     (tmp_path / "cache/complete.json").unlink()
     with pytest.raises(IncompleteCacheError, match="cannot be kept locally"):
         open_cache(tmp_path / "cache", allow_incomplete=True, local_cache=tmp_path / "near")
+
+
+def test_a_far_cache_that_was_mended_is_read_afresh(tmp_path):
+    far, near = tmp_path / "cache", tmp_path / "near"
+    build_tiny(far, tiny_transfer_set(), {"echo": Echo()})
+    shard = far / "teachers/echo/codes/c/1/0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:40] + bytes(8) + whole[48:])
+    with pytest.raises(CorruptCacheError, match="checksum"):
+        list(SoftTargetLoader(open_cache(far, local_cache=near), tiny_transfer_set(), batch_size=7))
+    shard.write_bytes(whole)
+    mended = open_cache(far, local_cache=near)
+    for inputs, _, soft_targets in SoftTargetLoader(mended, tiny_transfer_set(), batch_size=7):
+        assert torch.equal(soft_targets.logits()[:, 0], inputs)
