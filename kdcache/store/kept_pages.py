@@ -3,7 +3,8 @@
 Objects are cut into *pages* of a mebibyte. Whatever is read of an object is taken from its pages, which are fetched
 when they are first needed, a few of a kind in one request, and kept as files of a local folder; those used longest ago
 are dropped where all would take more than was allowed. A page carries a CRC-32C: one that was altered is fetched again.
-Only objects that never change once they stand are kept, under a name that tells the cache by its content.
+Only objects that never change once they stand are kept, under a name that tells the cache by its content, and the
+object by its key and its size: what was kept of one that was half copied does not stand for the whole one.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ from __future__ import annotations
 __all__ = ["KeptPages"]
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import struct
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
 
 from kdcache.errors import OptionError, StoreError
+from kdcache.store.layout import GROUPS, METADATA
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects
 
 PAGE_BYTES = 2**20
 _CHECKED = 0x48674BC7  # CRC-32C of bytes with their own behind them
 _KEPT_AFTER_DROPPING = 0.9
+_REQUEST_PAGES = 16
+_COUNTS = 16
+"""The folder is counted anew whenever a process has added this part of what it may take: others add to it too."""
+_STALE_SECONDS = 3600
 
 
 class KeptPages:
@@ -41,12 +50,20 @@ class KeptPages:
     identity : str
         Tells the cache by its content, such as a digest over it.
     max_bytes : int
-        What the folder may take, at least 16 pages; while a page is written, one more for each thread.
+        What the folder may take, at least 16 pages; while a page is written, one more for each thread. Processes
+        that share the folder may each add a sixteenth until they see what the others added.
 
     Raises
     ------
     OptionError
         `max_bytes` is below 16 MiB.
+    StoreError
+        The folder cannot be made.
+
+    Warns
+    -----
+    RuntimeWarning
+        Once, when a page cannot be written or dropped; what was read is given all the same.
     """
 
     def __init__(self, objects: Objects, folder: str | os.PathLike[str], *, identity: str, max_bytes: int) -> None:
@@ -56,8 +73,19 @@ class KeptPages:
         self._folder = Path(folder)
         self._identity = identity
         self._max_bytes = max_bytes
+        self._sizes: dict[str, int] = {}
         self._num_bytes: int | None = None
+        self._added_bytes = 0
+        self._counting_pid: int | None = None
+        self._has_warned = False
         self._lock = OwnLock()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the folder {self._folder} of the local cache could not be made ({error}). Nothing was changed. Give "
+                "another folder, or open the cache without a local one"
+            ) from error
 
     @property
     def address(self) -> str:
@@ -80,12 +108,18 @@ class KeptPages:
         return self._objects.delete(key)
 
     def read(self, key: str) -> bytes:
-        """Read a whole object, where it is."""
-        return self._objects.read(key)
+        """Read a whole object: a shard or a part of the index through the pages, anything else where it is."""
+        group, _, rest = key.partition("/")
+        if group not in GROUPS or rest.endswith(METADATA):
+            return self._objects.read(key)
+        return self.read_range(key, 0, self._known_size(key))
 
     def size(self, key: str) -> int | None:
-        """Give an object's size in bytes, or None when none stands under `key`."""
-        return self._objects.size(key)
+        """Give an object's size in bytes, or None when none stands under `key`; asks where it is."""
+        size = self._objects.size(key)
+        if size is not None:
+            self._sizes[key] = size
+        return size
 
     def list(self, prefix: str) -> Iterator[str]:
         """As the objects'."""
@@ -98,83 +132,154 @@ class KeptPages:
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield ranges of one object, (start, length) in bytes, through the pages.
 
+        Where they ascend each page is read once, and neighbouring pages that are missing are fetched together, up to
+        16 MiB in one request.
+
         Raises
         ------
         FileNotFoundError
-            No object stands under `key`, and not all of its pages that are needed are kept.
-        StoreError
-            The folder cannot be written to.
+            No object stands under `key`; or none does any more, and not all of its pages that are needed are kept.
         """
-        for start, length in ranges:
-            yield self._range(key, start, length)
+        size = self._known_size(key)
+        found = [(start, max(0, min(length, size - start))) for start, length in ranges]
+        wanted = {number for start, length in found for number in _page_numbers(start, length)}
+        at_hand: dict[int, bytes] = {}
+        for start, length in found:
+            parts: list[bytes] = []
+            for number in _page_numbers(start, length):
+                if number not in at_hand:
+                    at_hand = self._pages(key, size, number, wanted)
+                before = number * PAGE_BYTES
+                parts.append(at_hand[number][max(0, start - before) : start + length - before])
+            yield b"".join(parts)
 
-    def _range(self, key: str, start: int, length: int) -> bytes:
-        first, last = start // PAGE_BYTES, (start + max(length, 1) - 1) // PAGE_BYTES
-        pages: dict[int, bytes] = {}
-        for number in range(first, last + 1):
-            page = self._kept(key, number)
-            if page is None:
-                pages |= self._fetched(key, number, last)
-                break
-            pages[number] = page
-            if len(page) < PAGE_BYTES:  # the object ends here
-                break
-        data = b"".join(pages[number] for number in sorted(pages))
-        return data[start - first * PAGE_BYTES :][:length]
+    def forget(self, key: str) -> int:
+        """Drop all that is kept of an object, for who finds it damaged: it is fetched anew when it is next read.
 
-    def _fetched(self, key: str, first: int, last: int) -> dict[int, bytes]:
+        Returns
+        -------
+        int
+            Pages dropped.
+        """
+        num_dropped = 0
+        sizes = {self._sizes.pop(key, None), self._objects.size(key)}
+        for size in [size for size in sizes if size is not None]:
+            for number in _page_numbers(0, size):
+                num_dropped += self._drop(self._path(key, size, number))
+        return num_dropped
+
+    def _known_size(self, key: str) -> int:
+        size = self._sizes.get(key)
+        if size is None:
+            size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), key)
+        return size
+
+    def _pages(self, key: str, size: int, number: int, wanted: set[int]) -> dict[int, bytes]:
+        """Give a page that is kept; or fetch it, and with it those behind it that are wanted too and are not kept."""
+        page = self._kept(self._path(key, size, number))
+        if page is not None:
+            return {number: page}
+        last = number
+        while last + 1 in wanted and last + 1 - number < _REQUEST_PAGES:
+            if os.access(self._path(key, size, last + 1), os.R_OK):
+                break
+            last += 1
+        return self._fetched(key, size, number, last)
+
+    def _fetched(self, key: str, size: int, first: int, last: int) -> dict[int, bytes]:
         """Fetch neighbouring pages in one request, and keep them."""
-        data = self._objects.read_range(key, first * PAGE_BYTES, (last - first + 1) * PAGE_BYTES)
+        start, stop = first * PAGE_BYTES, min((last + 1) * PAGE_BYTES, size)
+        data = self._objects.read_range(key, start, stop - start)
         pages = {
-            first + place: data[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]
-            for place in range(-(-len(data) // PAGE_BYTES))
+            first + place: data[place * PAGE_BYTES : (place + 1) * PAGE_BYTES] for place in range(last - first + 1)
         }
+        if len(data) < stop - start:  # the object is not what it was when its size was asked
+            self._sizes.pop(key, None)
+            return pages
         for number, page in pages.items():
-            self._keep(key, number, page)
+            self._keep(self._path(key, size, number), page)
         return pages
 
-    def _path(self, key: str, number: int) -> Path:
-        name = hashlib.blake2b(f"{self._identity}\n{key}\n{number}".encode(), digest_size=20).hexdigest()
+    def _path(self, key: str, size: int, number: int) -> Path:
+        name = hashlib.blake2b(f"{self._identity}\n{key}\n{size}\n{number}".encode(), digest_size=20).hexdigest()
         return self._folder / name[:2] / f"{name}.page"
 
-    def _kept(self, key: str, number: int) -> bytes | None:
-        path = self._path(key, number)
+    def _kept(self, path: Path) -> bytes | None:
         try:
             data = path.read_bytes()
-            os.utime(path)
         except OSError:
             return None
         if google_crc32c.value(data) != _CHECKED:
-            path.unlink(missing_ok=True)
+            self._drop(path)
             return None
+        with contextlib.suppress(OSError):  # a folder that may only be read serves too
+            os.utime(path)
         return data[:-4]
 
-    def _keep(self, key: str, number: int, page: bytes) -> None:
-        path = self._path(key, number)
+    def _keep(self, path: Path, page: bytes) -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(page + struct.pack("<I", google_crc32c.value(page)))
-            partial.rename(path)
+            partial.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            raise StoreError(
-                f"{path} could not be written ({error}): the local cache has no room or may not be written to. "
-                "Nothing else was changed. Free some, give another folder, or open the cache without a local one"
-            ) from error
+            self._warn(error)
+            return
         self._account(len(page) + 4)
 
-    def _account(self, added_bytes: int) -> None:
-        """Add to what the folder takes, and drop what was used longest ago where that is too much."""
+    def _drop(self, path: Path) -> bool:
+        """Drop a file; False where another process did, or where it may not be."""
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._warn(error)
+            return False
+        return True
+
+    def _warn(self, error: OSError) -> None:
+        """Say once that the folder does not serve: what was asked for is at hand without it."""
         with self._lock:
-            if self._num_bytes is not None:
-                self._num_bytes += added_bytes
-            if self._num_bytes is None or self._num_bytes > self._max_bytes:
-                self._num_bytes = self._dropped()
+            has_warned, self._has_warned = self._has_warned, True
+        if not has_warned:
+            warnings.warn(
+                f"the local cache {self._folder} could not be written to ({error}). What cannot be kept there is read "
+                "where it lies, each time it is needed. Free some room, or give another folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _account(self, added_bytes: int) -> None:
+        """Count what was added, and from time to time the folder; one thread does, and none waits for it."""
+        with self._lock:
+            self._added_bytes += added_bytes
+            if self._counting_pid == os.getpid() or not self._must_count():
+                return
+            self._counting_pid = os.getpid()  # a forked process finds its parent's, and counts for itself
+            self._added_bytes = 0
+        num_bytes = 0
+        try:
+            num_bytes = self._dropped()
+        except OSError as error:
+            self._warn(error)
+        finally:
+            with self._lock:
+                self._num_bytes = num_bytes
+                self._counting_pid = None
+
+    def _must_count(self) -> bool:
+        if self._num_bytes is None or self._added_bytes >= self._max_bytes // _COUNTS:
+            return True
+        return self._num_bytes + self._added_bytes > self._max_bytes
 
     def _dropped(self) -> int:
         """Count the pages as they lie, and drop the oldest where they take too much; gives the bytes that stay."""
+        self._drop_stale_partials()
         found: list[tuple[float, int, Path]] = []
         for path in self._folder.glob("*/*.page"):
             with contextlib.suppress(FileNotFoundError):  # another process dropped it
@@ -184,11 +289,22 @@ class KeptPages:
         if total <= self._max_bytes:
             return total
         for _, size, path in sorted(found):
-            path.unlink(missing_ok=True)
+            self._drop(path)
             total -= size
             if total <= self._max_bytes * _KEPT_AFTER_DROPPING:
                 break
         return total
+
+    def _drop_stale_partials(self) -> None:
+        """Drop what processes left behind that were stopped while they wrote; a write takes seconds."""
+        for path in self._folder.glob("*/*.page.*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # its writer has finished
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    self._drop(path)
+
+
+def _page_numbers(start: int, length: int) -> range:
+    return range(start // PAGE_BYTES, -(-(start + length) // PAGE_BYTES)) if length else range(0)
 
 
 def _again(objects: Objects, folder: Path, identity: str, max_bytes: int) -> KeptPages:

@@ -23,7 +23,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.errors import CorruptCacheError, StoreError
+from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
 from kdcache.store.reader import CodesReader, distinct
 
 _BLOCK_BYTES = 2**16
@@ -69,7 +69,7 @@ class LocalCopy:
         CorruptCacheError
             A stored shard is missing, torn or altered, or the copy is.
         StoreError
-            The folder cannot be written to, or is full.
+            The folder cannot be written to, or is full; or the system is none of the POSIX kind.
         """
         path = folder / f"{data_digest[:32]}.codes"
         spec = reader.spec
@@ -79,7 +79,7 @@ class LocalCopy:
                 with _alone(path.with_suffix(".lock")):
                     if not path.exists():
                         _write(path, reader, num_rows)
-        except CorruptCacheError:
+        except KdcacheError:  # some are OSErrors too, and say already what failed
             raise
         except OSError as error:
             raise StoreError(
@@ -173,8 +173,13 @@ def _damaged_copy(path: Path, reason: str) -> CorruptCacheError:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Let one process at a time in; the system takes the lock from one that is killed."""
-    import fcntl  # noqa: PLC0415 - not on every system, where only this is amiss
-
+    try:
+        import fcntl  # noqa: PLC0415 - not on every system, where only this is amiss
+    except ImportError as error:
+        raise StoreError(
+            f"{path} cannot be locked: tier 'mapped' needs a POSIX system, such as Linux or macOS. Nothing was "
+            "written, and the cache is untouched. Give another tier="
+        ) from error
     with path.open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

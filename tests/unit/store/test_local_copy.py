@@ -1,16 +1,28 @@
 """Local copies: made once, whole or not at all, and never a wrong row out of an altered one."""
 
 import multiprocessing
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kdcache.errors import CorruptCacheError, StoreError
+from kdcache.errors import CacheNotFoundError, CorruptCacheError, OptionError, StoreError
 from kdcache.store import LocalCopy
 
 DIGEST = "ab" * 32
 ROWS = np.array([0, 299, 130])
+
+
+class FailingReader:
+    """A reader of codes whose rows cannot be read."""
+
+    def __init__(self, reader, error):
+        self.spec = reader.spec
+        self.error = error
+
+    def read_block(self, *_):
+        raise self.error
 
 
 @pytest.fixture
@@ -96,6 +108,24 @@ def test_a_folder_that_cannot_be_made_is_refused(copy_of, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"could not be made.*the cache is untouched. Name another folder"):
         copy_of(folder=tmp_path / "file" / "copies")
+
+
+@pytest.mark.parametrize("error", [StoreError("no room for pages"), CacheNotFoundError("gone"), OptionError("wrong")])
+def test_what_kdcache_says_while_a_copy_is_made_is_passed_on(written, copy_of, error):
+    with pytest.raises(type(error)) as raised:
+        copy_of(FailingReader(written.reader(), error))
+    assert raised.value is error
+
+
+def test_what_the_system_says_while_a_copy_is_made_is_put_in_its_place(written, copy_of):
+    with pytest.raises(StoreError, match=r"could not be made \(no room\).*Name another folder"):
+        copy_of(FailingReader(written.reader(), OSError("no room")))
+
+
+def test_a_system_without_file_locks_is_refused(copy_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(StoreError, match="tier 'mapped' needs a POSIX system"):
+        copy_of()
 
 
 def test_changes_of_what_was_mapped_do_not_reach_the_file(written, copy_of):
