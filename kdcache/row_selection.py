@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RowIndex", "row_positions", "select_rows"]
+__all__ = ["RowIndex", "row_positions", "rows_of_examples", "select_rows"]
 
 from collections.abc import Sequence
 
@@ -54,6 +54,20 @@ def _check_range(positions: Tensor, num_rows: int) -> None:
     outside = positions[(positions < -num_rows) | (positions >= num_rows)]
     if len(outside):
         raise ShapeError(f"There is no row {int(outside[0])}: the batch has {num_rows} rows.")
+
+
+def rows_of_examples(first_row: npt.NDArray[np.int64], num_rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Give the row numbers of examples, int64 [row], one example's after the other's.
+
+    Examples
+    --------
+    >>> rows_of_examples(np.array([10, 4]), np.array([1, 3], np.int32))
+    array([10,  4,  5,  6])
+    """
+    if int(num_rows.max(initial=1)) == 1:
+        return first_row
+    ends = np.cumsum(num_rows, dtype=np.int64)
+    return np.repeat(first_row - (ends - num_rows), num_rows) + np.arange(ends[-1])
 
 
 def select_rows(values: Tensor, positions: slice | Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdcache.cache import SoftTargetCache
 from kdcache.errors import InputMismatchError, ShapeError, TransferSetError, UnknownExampleError
+from kdcache.row_selection import rows_of_examples
 from kdcache.transfer_set import TransferSet
 from kdcache.transfer_set.sources import ListSource
 
@@ -78,11 +79,7 @@ class JoinedExamples:
             Positions in the inputs.
         """
         first_row, num_rows = self._first_row[indices], self._num_rows[indices]
-        if self.has_single_rows or not len(indices):
-            return first_row, num_rows
-        ends = np.cumsum(num_rows, dtype=np.int64)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
-        return np.repeat(first_row, num_rows) + offsets, num_rows
+        return rows_of_examples(first_row, num_rows), num_rows
 
     def places_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give the first row number of examples, int64 [example], and how many rows each has, int32 [example]."""

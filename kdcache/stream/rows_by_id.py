@@ -14,6 +14,7 @@ import torch
 
 from kdcache.cache import SoftTargetCache
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
+from kdcache.row_selection import rows_of_examples
 from kdcache.soft_targets import SoftTargets
 from kdcache.store.ids import ids_as_given
 
@@ -35,10 +36,7 @@ class FoundRows:
 
     def rows(self) -> np.ndarray:
         """Give all row numbers, int64 [row], one example's after the other's."""
-        if int(self.num_rows.max(initial=1)) == 1:
-            return self.first_row
-        ends = np.cumsum(self.num_rows, dtype=np.int64)
-        return np.repeat(self.first_row - (ends - self.num_rows), self.num_rows) + np.arange(ends[-1])
+        return rows_of_examples(self.first_row, self.num_rows)
 
 
 class RowsById:

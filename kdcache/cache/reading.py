@@ -1,8 +1,8 @@
-"""SoftTargetCache: a cache opened for reading. Opening costs the same however many rows it holds."""
+"""SoftTargetCache: a cache that is open; rows are found by id and read where they are asked for."""
 
 from __future__ import annotations
 
-__all__ = ["SoftTargetCache", "open_cache"]
+__all__ = ["SoftTargetCache"]
 
 import functools
 import os
@@ -24,10 +24,10 @@ from kdcache.documents import (
     CompleteDocument,
     TeacherDocument,
 )
-from kdcache.errors import CorruptCacheError, IncompleteCacheError, ShapeError, UnknownTeacherError
-from kdcache.row_selection import select_rows
+from kdcache.errors import IncompleteCacheError, ShapeError, UnknownTeacherError
+from kdcache.row_selection import rows_of_examples, select_rows
 from kdcache.soft_targets import SoftTargets
-from kdcache.store import CacheSizes, CacheStore, CodesReader, KeptPages, LocalCopy, ResidentCodes
+from kdcache.store import CacheSizes, CacheStore, CodesReader, LocalCopy, ResidentCodes
 
 if TYPE_CHECKING:
     import zarr
@@ -35,72 +35,8 @@ if TYPE_CHECKING:
     from kdcache.stream.join import JoinedBatches
 
 
-LOCAL_CACHE_BYTES = 10 * 2**30
 MAX_HELD_DIGESTS = 2**22
 """Input digests, of 16 bytes each, that are held in memory whole."""
-
-
-def open_cache(
-    address: str | os.PathLike[str],
-    *,
-    allow_incomplete: bool = False,
-    local_cache: str | os.PathLike[str] | None = None,
-    local_cache_bytes: int = LOCAL_CACHE_BYTES,
-) -> SoftTargetCache:
-    """Open a cache for reading; nothing but its documents is read.
-
-    Parameters
-    ----------
-    address : str or path
-        Where the cache stands.
-    allow_incomplete : bool
-        Open a cache whose build has not finished; what is read then carries a mask of the rows that are there.
-    local_cache : path, optional
-        Local folder in which parts of a finished cache are kept as they are read, still compressed: for one that lies
-        far away. Several caches and processes may share it.
-    local_cache_bytes : int
-        What that folder may take, at least 16 MiB; what was used longest ago is dropped.
-
-    Raises
-    ------
-    CacheNotFoundError
-        No cache stands there.
-    IncompleteCacheError
-        The build has not finished; or it has not, and parts were to be kept locally.
-    OptionError
-        `local_cache_bytes` is below 16 MiB.
-    DocumentError
-        A document of the cache breaks its schema, or is of a format version that this release cannot read.
-    CorruptCacheError
-        A teacher that the finished cache had is gone.
-    """
-    store = CacheStore.at(address)
-    document = store.cache_document()
-    complete = store.complete()
-    if complete is None and not allow_incomplete:
-        raise IncompleteCacheError(
-            f"cache {store.address} is not complete: there is no complete.json. See how far it is with `kdcache status "
-            f"{store.address}`, and run its build again to finish it. To read what is there, "
-            "open_cache(..., allow_incomplete=True)"
-        )
-    names = _teacher_names(store, complete)
-    teachers = {name: teacher for name in names if (teacher := store.teacher(name)) is not None}
-    missing = [f"teachers/{name}/zarr.json" for name in names if name not in teachers]
-    if complete is not None and missing:
-        raise CorruptCacheError(
-            f"cache {store.address}: {', '.join(missing)} is missing, which complete.json names; an ensemble without a "
-            "member would give other soft targets. Nothing was changed. "
-            f"Run `kdcache verify {store.address}` to see all damage; bring the files back, or build the cache anew"
-        )
-    cache = SoftTargetCache(store, document, complete, teachers)
-    return cache if local_cache is None else _kept_locally(cache, local_cache, local_cache_bytes)
-
-
-def _kept_locally(cache: SoftTargetCache, folder: str | os.PathLike[str], max_bytes: int) -> SoftTargetCache:
-    cache.require_complete("kept locally")
-    identity = "" if cache.complete is None else cache.complete.digest()
-    pages = KeptPages(cache.store.objects, folder, identity=identity, max_bytes=max_bytes)
-    return SoftTargetCache(CacheStore(pages), cache.document, cache.complete, cache.teachers)
 
 
 class SoftTargetCache:
@@ -472,11 +408,7 @@ class SoftTargetCache:
 
     def _rows_of(self, example_ids: Any, view_index: int) -> tuple[np.ndarray, np.ndarray]:
         first_row, num_rows = self.locate(example_ids, view_index=view_index)
-        if int(num_rows.max(initial=1)) == 1:
-            return first_row, num_rows
-        ends = np.cumsum(num_rows, dtype=np.int64)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - num_rows, num_rows)
-        return np.repeat(first_row, num_rows) + offsets, num_rows
+        return rows_of_examples(first_row, num_rows), num_rows
 
     def _refuse_view(self, view_index: int) -> None:
         if not 0 <= view_index < self.num_views:
@@ -570,10 +502,3 @@ class SoftTargetCache:
             raise IncompleteCacheError(
                 f"cache {self.address} is not complete, so it cannot be {what}; run its build again to finish it"
             )
-
-
-def _teacher_names(store: CacheStore, complete: CompleteDocument | None) -> Sequence[str]:
-    if complete is not None:
-        return [teacher.name for teacher in complete.teachers]
-    plans = store.plans()
-    return plans[-1].stored_names if plans else ()

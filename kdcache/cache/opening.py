@@ -1,0 +1,86 @@
+"""Opening a cache: nothing but its documents is read, so that it costs the same however many rows it holds."""
+
+from __future__ import annotations
+
+__all__ = ["LOCAL_CACHE_BYTES", "open_cache"]
+
+import os
+from collections.abc import Sequence
+
+from kdcache.cache.reading import SoftTargetCache
+from kdcache.documents import CompleteDocument
+from kdcache.errors import CorruptCacheError, IncompleteCacheError
+from kdcache.store import CacheStore, KeptPages
+
+LOCAL_CACHE_BYTES = 10 * 2**30
+"""What parts of far caches may take in a local folder, where nothing is said."""
+
+
+def open_cache(
+    address: str | os.PathLike[str],
+    *,
+    allow_incomplete: bool = False,
+    local_cache: str | os.PathLike[str] | None = None,
+    local_cache_bytes: int = LOCAL_CACHE_BYTES,
+) -> SoftTargetCache:
+    """Open a cache for reading; nothing but its documents is read.
+
+    Parameters
+    ----------
+    address : str or path
+        Where the cache stands.
+    allow_incomplete : bool
+        Open a cache whose build has not finished; what is read then carries a mask of the rows that are there.
+    local_cache : path, optional
+        Local folder in which parts of a finished cache are kept as they are read, still compressed: for one that lies
+        far away. Several caches and processes may share it.
+    local_cache_bytes : int
+        What that folder may take, at least 16 MiB; what was used longest ago is dropped.
+
+    Raises
+    ------
+    CacheNotFoundError
+        No cache stands there.
+    IncompleteCacheError
+        The build has not finished; or it has not, and parts were to be kept locally.
+    OptionError
+        `local_cache_bytes` is below 16 MiB.
+    DocumentError
+        A document of the cache breaks its schema, or is of a format version that this release cannot read.
+    CorruptCacheError
+        A teacher that the finished cache had is gone.
+    """
+    store = CacheStore.at(address)
+    document = store.cache_document()
+    complete = store.complete()
+    if complete is None and not allow_incomplete:
+        raise IncompleteCacheError(
+            f"cache {store.address} is not complete: there is no complete.json. See how far it is with `kdcache status "
+            f"{store.address}`, and run its build again to finish it. To read what is there, "
+            "open_cache(..., allow_incomplete=True)"
+        )
+    names = _teacher_names(store, complete)
+    teachers = {name: teacher for name in names if (teacher := store.teacher(name)) is not None}
+    missing = [f"teachers/{name}/zarr.json" for name in names if name not in teachers]
+    if complete is not None and missing:
+        raise CorruptCacheError(
+            f"cache {store.address}: {', '.join(missing)} is missing, which complete.json names; an ensemble without a "
+            "member would give other soft targets. Nothing was changed. "
+            f"Run `kdcache verify {store.address}` to see all damage; bring the files back, or build the cache anew"
+        )
+    cache = SoftTargetCache(store, document, complete, teachers)
+    return cache if local_cache is None else _kept_locally(cache, local_cache, local_cache_bytes)
+
+
+def _kept_locally(cache: SoftTargetCache, folder: str | os.PathLike[str], max_bytes: int) -> SoftTargetCache:
+    cache.require_complete("kept locally")
+    identity = "" if cache.complete is None else cache.complete.digest()
+    pages = KeptPages(cache.store.objects, folder, identity=identity, max_bytes=max_bytes)
+    return SoftTargetCache(CacheStore(pages), cache.document, cache.complete, cache.teachers)
+
+
+def _teacher_names(store: CacheStore, complete: CompleteDocument | None) -> Sequence[str]:
+    if complete is not None:
+        return [teacher.name for teacher in complete.teachers]
+    plans = store.plans()
+    return plans[-1].stored_names if plans else ()
