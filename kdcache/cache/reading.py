@@ -18,12 +18,7 @@ from kdcache.certificate import Certificate, certificate_of
 from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.codecs.base import checked_temperature
 from kdcache.codecs.guard import guarded_kl
-from kdcache.documents import (
-    CacheDocument,
-    CertificateDocument,
-    CompleteDocument,
-    TeacherDocument,
-)
+from kdcache.documents import CacheDocument, CertificateDocument, CompleteDocument, TeacherDocument
 from kdcache.errors import IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.row_selection import rows_of_examples, select_rows
 from kdcache.soft_targets import SoftTargets
