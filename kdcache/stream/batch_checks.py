@@ -29,7 +29,7 @@ class BatchChecks:
         Where the inputs stand as they were before any augmentation: a tensor or array [example, ...], a mapping of
         such, or a sequence of inputs, one an example.
     label_key : str, int, callable or None
-        Where integer labels [example] stand. "auto" takes an entry "label" or "labels" of a mapping that is one integer
+        Where integer labels [example] stand. "auto" takes an entry or a field "label" or "labels" that is one integer
         an example, where the cache has labels; None compares none.
 
     Raises
@@ -74,15 +74,15 @@ class BatchChecks:
                 f"{where}: {len(differ)} of {len(labels)} labels differ from those cache {self._rows.cache.address} "
                 f"was built with: example {found.ids.item(first)!r} has {labels[first]} in the batch and "
                 f"{expected[first]} in the cache. Its ids may name other examples than they did; give the dataset the "
-                "cache was built from. To train on other labels on purpose, join(..., label_key=None)"
+                "cache was built from. To train on other labels on purpose, give label_key=None"
             )
 
     def _labels(self, batch: Any, num_examples: int, where: str) -> np.ndarray | None:
         if self._label_key is None:
             return None
         if self._label_key == "auto":
-            names = [name for name in _LABEL_NAMES if isinstance(batch, Mapping) and name in batch]
-            return _integers(batch[names[0]], num_examples) if names else None
+            values = [value for value in (_named(batch, name) for name in _LABEL_NAMES) if value is not None]
+            return _integers(values[0], num_examples) if values else None
         labels = _integers(entry_of(batch, self._label_key, option="label_key"), num_examples)
         if labels is None:
             raise OptionError(
@@ -105,6 +105,13 @@ class BatchChecks:
                     "the inputs as they were before any augmentation, of the same type, under the same ids; "
                     "input_key=None compares none"
                 )
+
+
+def _named(batch: Any, name: str) -> Any:
+    """Give an entry of a mapping or a field of a named tuple or object; None where there is none of this name."""
+    if isinstance(batch, Mapping):
+        return batch.get(name)
+    return None if isinstance(batch, torch.Tensor) else getattr(batch, name, None)
 
 
 def _refuse_unkept(cache: SoftTargetCache, input_key: Key | None, label_key: Key | None) -> None:

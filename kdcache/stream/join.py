@@ -61,8 +61,9 @@ class JoinedBatches:
         Where the inputs stand as they were before any augmentation: a tensor or array [example, ...], a mapping of
         such, or a sequence of one input an example. They are held against the cache's input digests.
     label_key : str, int, callable, "auto" or None, default "auto"
-        Where the labels stand that are held against the cache's: one integer an example. "auto" takes an entry "label"
-        or "labels" of a mapping if it is that, so that the labels of sequences are left alone. None compares none.
+        Where the labels stand that are held against the cache's: one integer an example. "auto" takes an entry or a
+        field "label" or "labels" if it is that, so that the labels of sequences are left alone; in plain tuples and
+        lists none is known by name. None compares none.
     example_ids : sequence of int or str, optional
         The id at every position of the loader's dataset, for the look-ahead. By default the dataset's attribute
         `example_ids`, where it has one.

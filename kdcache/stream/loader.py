@@ -148,7 +148,8 @@ class SoftTargetLoader:
         window_bytes: int | None = None,
         local_copy: str | Path | None = None,
     ) -> None:
-        _check_options(shuffle, prefetch_batches, tier)
+        _check_options(shuffle, prefetch_batches, tier, local_copy)
+        self._teachers = teachers
         self.cache = cache
         self.inputs = _as_transfer_set(cache, inputs)
         self._joined = JoinedExamples(
@@ -196,6 +197,11 @@ class SoftTargetLoader:
         return self._batches.batch_size
 
     @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration gives, or goes on with after `load_state_dict`."""
+        return self._epoch
+
+    @property
     def seed(self) -> int:
         """Seed of the shuffle."""
         return self._epochs.seed
@@ -208,7 +214,7 @@ class SoftTargetLoader:
     @property
     def held_bytes(self) -> int:
         """Bytes of coded rows that are held at most, in this process's memory or on the device, besides batches."""
-        return self._source.held_bytes
+        return min(self._source.held_bytes, self.cache.coded_bytes(teachers=self._teachers))
 
     def close(self) -> None:
         """End the workers. The next iteration starts others; a loader that is no longer needed ends its own."""
@@ -243,8 +249,9 @@ class SoftTargetLoader:
         other = {key: state.get(key) for key, value in ours.items() if state.get(key) != value}
         if other:
             raise TransferSetError(
-                f"the state is of a loader with {other}, this one has {ours}: examples would be lost or repeated. Make "
-                "the loader with the same arguments"
+                f"the state is of a loader with {other}, this one has { {key: ours[key] for key in other} }: examples "
+                "would be lost or repeated. Make the loader with the same arguments; block_rows and window_blocks "
+                "follow from shuffle, window_bytes, max_resident_bytes and tier, and are 0 unless a shuffle is windowed"
             )
         if not {"epoch", "next_batch"} <= state.keys():
             raise TransferSetError(f"the state has no epoch and next_batch, only {sorted(state)}; it is no loader's")
@@ -369,13 +376,17 @@ def _as_transfer_set(cache: SoftTargetCache, inputs: TransferSet | Any | None) -
     return inputs if isinstance(inputs, TransferSet) else TransferSet(inputs)
 
 
-def _check_options(shuffle: Shuffle | None, prefetch_batches: int, tier: str | None) -> None:
+def _check_options(
+    shuffle: Shuffle | None, prefetch_batches: int, tier: str | None, local_copy: str | Path | None
+) -> None:
     if prefetch_batches < 1:
         raise OptionError(f"prefetch_batches is {prefetch_batches}; at least 1 is needed")
     if not (shuffle is None or isinstance(shuffle, bool) or shuffle == "windowed"):
         raise OptionError(f"shuffle is {shuffle!r}; give True, False or 'windowed'")
     if tier is not None and tier not in TIERS:
         raise OptionError(f"tier is {tier!r}; give one of {', '.join(TIERS)}, or none to have one chosen")
+    if local_copy is not None and tier not in {None, "mapped"}:
+        raise OptionError(f"local_copy is for tier='mapped', and tier is {tier!r}; leave one of them out")
 
 
 def _resolved(tier: Tier, shuffle: Shuffle | None, *, is_given: bool) -> tuple[Tier, bool]:

@@ -73,6 +73,8 @@ class TrainerWithSoftTargets(Trainer):
         Read and use only these.
     view_index : int, default 0
         The view whose soft targets are read.
+    label_key : {"auto", None}, default "auto"
+        Whether labels of one integer an example are held against the cache's; None trains on other labels on purpose.
     extra_classes : {"refuse", "ignore"}, default "refuse"
         What to do with classes of the student beyond the teachers': vocabularies are padded to different lengths
         (152,064 against 151,936). "ignore" leaves them out of the soft term, ``logits[..., :num_classes]``. They must
@@ -108,6 +110,7 @@ class TrainerWithSoftTargets(Trainer):
         weights: Weights | None = None,
         teachers: Sequence[str] | None = None,
         view_index: int = 0,
+        label_key: Literal["auto"] | None = "auto",
         extra_classes: Literal["refuse", "ignore"] = "refuse",
         unlabelled_rows: Literal["teach", "ignore"] = "teach",
         max_resident_bytes: int = 2**31,
@@ -125,7 +128,7 @@ class TrainerWithSoftTargets(Trainer):
         self._rows = RowsById(
             cache, view_index=view_index, teachers=teachers, allow_repeats=True, max_resident_bytes=max_resident_bytes
         )
-        self._checks = BatchChecks(self._rows, input_key=None, label_key="auto")
+        self._checks = BatchChecks(self._rows, input_key=None, label_key=label_key)
         self._num_batches = 0
         self._num_rows_of_step: Tensor | int = 0
         super().__init__(*args, **options)

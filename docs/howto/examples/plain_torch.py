@@ -23,8 +23,7 @@ def train(cache: kdcache.SoftTargetCache, transfer_set: kdcache.TransferSet, epo
     student = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     loader = kdcache.SoftTargetLoader(cache, transfer_set, batch_size=64, seed=0)
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
+    for _ in range(epochs):
         for inputs, labels, soft_targets in loader:
             loss = kdcache.distillation_loss(student(inputs), soft_targets, labels, temperature=4.0, soft_weight=0.9)
             optimizer.zero_grad()

@@ -150,6 +150,7 @@ def test_an_unfinished_cache_is_read_scattered_alone(tmp_path, tier):
         ({"tier": "disk"}, "tier is 'disk'; give one of device, memory, mapped, windows, scattered"),
         ({"tier": "mapped"}, "needs local_copy="),
         ({"tier": "device"}, "give device= with it"),
+        ({"tier": "memory", "local_copy": "copy"}, "local_copy is for tier='mapped', and tier is 'memory'"),
         ({"tier": "windows", "shuffle": True}, "give shuffle='windowed' with it"),
         ({"window_bytes": 100}, "it needs shuffle='windowed'"),
         ({"window_bytes": 0, "shuffle": "windowed"}, "window_bytes is 0; at least 1"),
@@ -231,7 +232,12 @@ def test_two_loops_at_once_have_memory_of_their_own(folder):
 
 
 def test_windows_say_what_they_hold(folder):
-    assert loader_of(folder, tier="windows", window_bytes=2 * ROW_BYTES * 8).held_bytes == 6 * ROW_BYTES * 8
+    assert loader_of(folder, tier="windows", window_bytes=ROW_BYTES * 8).held_bytes == 3 * ROW_BYTES * 8
+
+
+@pytest.mark.parametrize("tier", ["windows", "scattered"])
+def test_no_tier_says_to_hold_more_than_there_is(folder, tier):
+    assert loader_of(folder, tier=tier).held_bytes == 3 * SHARD_BYTES
 
 
 def test_memory_says_what_it_holds(folder):
