@@ -113,7 +113,7 @@ def step_table(lines: Sequence[Figures]) -> str:
 def shuffle_table(orders: Sequence[Figures]) -> str:
     """Give the table of orders."""
     header = [
-        "shards of a window", "neighbours in one batch", "variance of class counts", "classes in a batch",
+        "blocks of a window", "neighbours in one batch", "variance of class counts", "classes in a batch",
         "displacement: 10 %", "50 %", "90 %",
     ]  # fmt: skip
     rows = [
@@ -135,7 +135,7 @@ def students_table(students: Sequence[Figures]) -> str:
         ]
         for line in students
     ]  # fmt: skip
-    return _markdown(["shards of a window", "test accuracy, mean", "of single seeds"], rows)
+    return _markdown(["blocks of a window", "test accuracy, mean", "of single seeds"], rows)
 
 
 def draw(document: Figures, folder: Path) -> list[Path]:
@@ -189,7 +189,7 @@ def _shuffle_picture(orders: Sequence[Figures]) -> Any:
     for axes, (name, title) in zip(row, shown.items(), strict=True):
         axes.plot([int(line["window"]) for line in windowed], [line[name] for line in windowed], "o-", color="#0072B2")
         axes.axhline(true[name], color="#999999", linestyle="--")
-        axes.set(xscale="log", yscale="log", title=title, xlabel="shards of a window")
+        axes.set(xscale="log", yscale="log", title=title, xlabel="blocks of a window")
         axes.set_xticks([int(line["window"]) for line in windowed], [line["window"] for line in windowed])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)

@@ -83,7 +83,8 @@ class ResidentCodes:
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-resident")
         self._pending: dict[int, Future[None]] = {}
         self._is_filling_behind = False
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True).atexit = False
+        # No finaliser shuts the pool down: one that runs within its `submit` would wait for itself. Its threads end by
+        # themselves when nobody holds it any more.
 
     def _wait_for(self, chunks: Iterable[int]) -> None:
         futures = [(chunk, self._submitted(chunk)) for chunk in chunks]

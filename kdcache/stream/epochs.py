@@ -32,7 +32,7 @@ _MOST_BLOCKS = 2**18
 """Blocks of a cache at most, since an epoch's order of them is drawn whole."""
 _EXAMPLES_A_BLOCK = 8
 """Of examples with many rows, so many fill a block at least: its last one may reach into the next."""
-_WINDOWS_AN_EPOCH = 16
+_WINDOWS_AN_EPOCH = 24
 _LEAST_WINDOW_BYTES = 2**23
 _MOST_WINDOW_BYTES = 2**28
 
@@ -69,7 +69,7 @@ class Windows:
         window_bytes: int | None,
         most_rows_an_example: int,
     ) -> Windows:
-        """Cut a cache; by default a window holds a sixteenth of its rows, at least 8 MiB and at most 256 MiB.
+        """Cut a cache; by default a window holds a twenty-fourth of its rows, at least 8 MiB and at most 256 MiB.
 
         Raises
         ------

@@ -16,7 +16,6 @@ import random
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -105,7 +104,7 @@ class InputReader:
             initializer=_begin,
             initargs=(self._reading, self._worker_init),
         )
-        self._closing = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        # No finaliser: a pool that nobody holds any more ends its workers by itself.
         self._pool.submit(_nothing)  # starts them
 
     def request(self, indices: np.ndarray, checked: np.ndarray, *, seed: tuple[int, ...]) -> Callable[[], InputBatch]:
@@ -144,7 +143,6 @@ class InputReader:
     def close(self) -> None:
         """End the workers."""
         if self._pool is not None:
-            self._closing.detach()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
@@ -158,7 +156,7 @@ class InputReader:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None, "_closing": None}
+        return {**self.__dict__, "_pool": None}
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ class SoftTargetLoader:
     max_resident_bytes : int
         A cache whose coded rows take no more is held in memory, or on the device where that has room.
     window_bytes : int, optional
-        Coded rows of a window of a windowed shuffle; the tier "windows" holds three. By default a sixteenth of
+        Coded rows of a window of a windowed shuffle; the tier "windows" holds three. By default a 24th of
         the cache, at least 8 MiB and at most 256 MiB.
     local_copy : path, optional
         Local folder for an uncompressed copy of the rows, made where it does not stand: the tier "mapped".

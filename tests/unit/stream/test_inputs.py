@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -290,3 +291,15 @@ def test_workers_end_when_the_program_is_killed(folder):
     assert len(workers) == 2
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
     assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch")} == set()  # noqa: PTH208, S108
+
+
+def test_workers_of_a_loader_that_nobody_holds_end(folder):
+    loader = SoftTargetLoader(open_cache(folder), tiny_transfer_set(), batch_size=7, num_workers=2)
+    list(loader)
+    workers = list(loader._reader._pool._processes)
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []

@@ -472,6 +472,12 @@ def test_labels_at_a_position_are_compared_where_it_is_named(cache):
         list(cache.join([(INPUTS, torch.tensor([0, 0, 0]), IDS)], key=2, label_key=1))
 
 
+def test_labels_that_are_a_field_are_compared(cache):
+    batch = Triple(INPUTS, torch.tensor([0, 0, 0]), IDS)
+    with pytest.raises(InputMismatchError, match="3 of 3 labels differ"):
+        list(cache.join([batch]))
+
+
 def test_named_labels_must_be_labels(cache):
     with pytest.raises(OptionError, match=r"the entry label_key='labels' is not one integer label for each of its 2"):
         list(cache.join(one_batch([3, 5], labels=torch.zeros(2, 4)), label_key="labels"))

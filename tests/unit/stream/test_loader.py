@@ -315,6 +315,24 @@ def test_a_state_behind_the_last_of_more_batches_goes_on_with_the_next_epoch(cac
     assert shorter.state_dict()["epoch"] == 2
 
 
+def test_the_epoch_of_a_state_behind_a_last_batch_is_the_next_one(cache):
+    loader = loader_of(cache)
+    for _ in itertools.islice(loader, len(loader)):
+        pass
+    restored = loader_of(cache)
+    restored.load_state_dict(loader.state_dict())
+    assert (loader.epoch, restored.epoch) == (1, 1)
+
+
+def test_a_state_of_another_shuffle_says_what_differs_and_what_it_follows_from(cache):
+    windowed = loader_of(cache, shuffle="windowed", window_bytes=300)
+    with pytest.raises(
+        TransferSetError, match=r"'window_blocks': 0.*'window_blocks': 2.*follow from shuffle"
+    ) as caught:
+        windowed.load_state_dict(loader_of(cache).state_dict())
+    assert "seed" not in str(caught.value)
+
+
 def test_what_is_no_state_is_refused(cache):
     loader = loader_of(cache)
     state = loader.state_dict()
