@@ -60,7 +60,7 @@ def wait_for_records(cache: Path, count: int, process: subprocess.Popen[str]) ->
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("num_records", [1, 20, pytest.param(45, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_records", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (20, 45))])
 def test_a_killed_build_is_finished_by_the_same_command_with_equal_data(tmp_path, undisturbed, num_records):
     job = write_job(tmp_path, "cache")
     process = build(job)
