@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LOCAL_CACHE_BYTES", "SoftTargetCache", "open_cache"]
+__all__ = ["LOCAL_CACHE_BYTES", "RESIDENT_BYTES", "SoftTargetCache", "open_cache"]
 
 from kdcache.cache.opening import LOCAL_CACHE_BYTES, open_cache
-from kdcache.cache.reading import SoftTargetCache
+from kdcache.cache.reading import RESIDENT_BYTES, SoftTargetCache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SoftTargetCache"]
+__all__ = ["RESIDENT_BYTES", "SoftTargetCache"]
 
 import functools
 import os
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kdcache.stream.join import JoinedBatches
 
 
+RESIDENT_BYTES = 2**31
+"""Coded rows up to this size are held in memory, where nothing is said."""
 MAX_HELD_DIGESTS = 2**22
 """Input digests, of 16 bytes each, that are held in memory whole."""
 
@@ -229,7 +231,7 @@ class SoftTargetCache:
         teachers: Sequence[str] | None = None,
         device: str | None = None,
         allow_repeats: bool = False,
-        max_resident_bytes: int = 2**31,
+        max_resident_bytes: int = RESIDENT_BYTES,
     ) -> JoinedBatches:
         """Put soft targets onto the batches of any existing loader, by the ids that the batches hold.
 

@@ -16,18 +16,15 @@ __all__ = [
 
 import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
 from kdcache.store.place import Place
 from kdcache.store.shards import Compression, ShardSpec, bytes_codec
-
-_CHECKSUM_BYTES = 4
 
 
 def to_json(mapping: Mapping[str, Any]) -> bytes:
@@ -100,7 +97,7 @@ def small_array_bytes(array: npt.NDArray[Any]) -> bytes:
 def encode_small_array(array: npt.NDArray[Any]) -> bytes:
     """Encode an array as one chunk: little-endian bytes in C order, then their CRC-32C."""
     body = small_array_bytes(array)
-    return body + struct.pack("<I", google_crc32c.value(body))
+    return with_checksum(body)
 
 
 def decode_small_array(data: bytes, *, dtype: str, shape: Sequence[int], place: Place) -> npt.NDArray[Any]:
@@ -112,11 +109,11 @@ def decode_small_array(data: bytes, *, dtype: str, shape: Sequence[int], place: 
         The size or the checksum does not match.
     """
     little = np.dtype(dtype).newbyteorder("<")
-    expected = math.prod(shape) * little.itemsize + _CHECKSUM_BYTES
+    expected = math.prod(shape) * little.itemsize + CHECKSUM_BYTES
     if len(data) != expected:
         raise place.corrupt(f"the array has {len(data)} bytes where its shape {tuple(shape)} takes {expected}")
-    body = data[:-_CHECKSUM_BYTES]
-    if struct.pack("<I", google_crc32c.value(body)) != data[-_CHECKSUM_BYTES:]:
+    body = data[:-CHECKSUM_BYTES]
+    if not is_sound(data):
         raise place.corrupt("the array's checksum does not match: its bytes were altered")
     return np.frombuffer(body, dtype=little).reshape(tuple(shape)).astype(np.dtype(dtype))
 

@@ -16,21 +16,18 @@ import errno
 import hashlib
 import os
 import secrets
-import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import google_crc32c
-
 from kdcache.errors import OptionError, StoreError
+from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
 from kdcache.store.layout import GROUPS, METADATA
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects
 
 PAGE_BYTES = 2**20
-_CHECKED = 0x48674BC7  # CRC-32C of bytes with their own behind them
 _KEPT_AFTER_DROPPING = 0.9
 _REQUEST_PAGES = 16
 _COUNTS = 16
@@ -211,25 +208,25 @@ class KeptPages:
             data = path.read_bytes()
         except OSError:
             return None
-        if google_crc32c.value(data) != _CHECKED:
+        if not is_sound(data):
             self._drop(path)
             return None
         with contextlib.suppress(OSError):  # a folder that may only be read serves too
             os.utime(path)
-        return data[:-4]
+        return data[:-CHECKSUM_BYTES]
 
     def _keep(self, path: Path, page: bytes) -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(page + struct.pack("<I", google_crc32c.value(page)))
+            partial.write_bytes(with_checksum(page))
             partial.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             self._warn(error)
             return
-        self._account(len(page) + 4)
+        self._account(len(page) + CHECKSUM_BYTES)
 
     def _drop(self, path: Path) -> bool:
         """Drop a file; False where another process did, or where it may not be."""

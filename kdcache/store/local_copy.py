@@ -14,7 +14,6 @@ __all__ = ["LocalCopy"]
 
 import contextlib
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
+from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
 from kdcache.store.reader import CodesReader, distinct
 
 _BLOCK_BYTES = 2**16
@@ -134,9 +134,8 @@ def _write(path: Path, reader: CodesReader, num_rows: int) -> None:
             _sync(file)
         if len(pending):
             sums.append(_sum_of(pending))
-        body = np.array(sums, "<u4").tobytes()
         with sums_path.open("wb") as file:
-            file.write(body + struct.pack("<I", google_crc32c.value(body)))
+            file.write(with_checksum(np.array(sums, "<u4").tobytes()))
             _sync(file)
         partial.rename(path)
     finally:
@@ -157,10 +156,9 @@ def _read_sums(path: Path, num_blocks: int, damaged: Any) -> npt.NDArray[np.uint
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise damaged(f"{path.name} is missing") from error
-    body, kept = data[:-4], data[-4:]
-    if len(body) != 4 * num_blocks or struct.pack("<I", google_crc32c.value(body)) != kept:
+    if len(data) != 4 * num_blocks + CHECKSUM_BYTES or not is_sound(data):
         raise damaged(f"{path.name} was altered")
-    return np.frombuffer(body, "<u4")
+    return np.frombuffer(data[:-CHECKSUM_BYTES], "<u4")
 
 
 def _damaged_copy(path: Path, reason: str) -> CorruptCacheError:

@@ -6,7 +6,7 @@ keep every shard's index and the chunks last decoded, in bounded memory, and may
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader", "distinct"]
+__all__ = ["DECODING_THREADS", "DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader", "distinct"]
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +24,8 @@ from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_in
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
 """Decoded chunks kept by a reader: a few hundred batches' worth of chunks, little beside any network."""
+DECODING_THREADS = 2
+"""Threads that decode ahead. Decompressing leaves the interpreter to others, so that training goes on beside them."""
 _MISSING = "the shard is missing"
 
 

@@ -12,10 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from kdcache.store.locks import Renewed
-from kdcache.store.reader import CodesReader, distinct
+from kdcache.store.reader import DECODING_THREADS, CodesReader, distinct
 
-NUM_THREADS = 2
-"""Threads that decode. Decompressing leaves the interpreter to others, so that training goes on beside them."""
 _PIECE_CHUNKS = 8
 """Chunks decoded ahead in one go, before rows that are waited for get their turn."""
 
@@ -80,7 +78,7 @@ class ResidentCodes:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-resident")
+        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-resident")
         self._pending: dict[int, Future[None]] = {}
         self._is_filling_behind = False
         # No finaliser shuts the pool down: one that runs within its `submit` would wait for itself. Its threads end by

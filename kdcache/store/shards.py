@@ -23,12 +23,12 @@ import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
 
 from kdcache.errors import CorruptCacheError, ShapeError
+from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
 from kdcache.store.place import Place
 from kdcache.store.room import room
 
@@ -46,9 +46,6 @@ _SHUFFLE_OF = {
 # bits of one significance: docs/design/0002-inner-codec-chain.md has the figures. Where columns differ in their
 # spread, as the components of the spectral codec do, each column's codes lie together, and of these the bits.
 # Of planes of bits a high level (Blosc's 8 is zstd's 20) makes 2 to 4 % less: docs/design/0004-spectral-codec.md.
-_CHECKSUM_BYTES = 4
-_CHECKED = 0x48674BC7
-"""CRC-32C of any bytes with their own CRC-32C behind them: what is checked need not be cut off, which would copy it."""
 _INDEX_ENTRY_BYTES = 16
 _BLOSC_HEADER_BYTES = 16
 _STRIP_COLUMNS = 64
@@ -143,7 +140,7 @@ class ShardSpec:
     @property
     def index_bytes(self) -> int:
         """Bytes of the index at the end of every shard."""
-        return self.num_chunks * _INDEX_ENTRY_BYTES + _CHECKSUM_BYTES
+        return self.num_chunks * _INDEX_ENTRY_BYTES + CHECKSUM_BYTES
 
     @property
     def little(self) -> np.dtype[Any]:
@@ -217,7 +214,7 @@ def encode_shard(rows: npt.NDArray[Any], spec: ShardSpec) -> bytes:
         pieces += [_encode_chunk(_padded(rows[:0], spec), spec)] * num_empty
     lengths = np.array([len(piece) for piece in pieces], dtype="<u8")
     index = np.stack([np.cumsum(lengths, dtype="<u8") - lengths, lengths], axis=1).astype("<u8").tobytes()
-    return b"".join([*pieces, index, _checksum(index)])
+    return b"".join([*pieces, with_checksum(index)])
 
 
 def parse_index(index: bytes, spec: ShardSpec, *, shard_bytes: int, place: Place) -> npt.NDArray[np.int64]:
@@ -247,10 +244,9 @@ def parse_index(index: bytes, spec: ShardSpec, *, shard_bytes: int, place: Place
     """
     if len(index) != spec.index_bytes:
         raise shorter_than_index(shard_bytes, spec, place=place)
-    body = index[:-_CHECKSUM_BYTES]
-    if _checksum(body) != index[-_CHECKSUM_BYTES:]:
+    if not is_sound(index):
         raise place.corrupt("the checksum of the shard's index does not match: the shard is torn or altered")
-    entries = np.frombuffer(body, dtype="<u8").reshape(spec.num_chunks, 2)
+    entries = np.frombuffer(index[:-CHECKSUM_BYTES], dtype="<u8").reshape(spec.num_chunks, 2)
     body_bytes = shard_bytes - spec.index_bytes
     if entries.max() > body_bytes:  # also keeps the sums below from running over
         raise place.corrupt(f"the shard's index points beyond its {body_bytes} bytes of chunks")
@@ -298,11 +294,11 @@ def decode_chunk(
         The chunk's checksum does not match, or it is not of the size that `spec` says. Checked before memory is taken.
     """
     whole = bytes(data) if isinstance(data, memoryview) else data  # the checksum takes no memoryview
-    if len(whole) < _BLOSC_HEADER_BYTES + _CHECKSUM_BYTES:
+    if len(whole) < _BLOSC_HEADER_BYTES + CHECKSUM_BYTES:
         raise place.corrupt(f"a chunk has {len(whole)} bytes, fewer than any chunk can have")
-    if google_crc32c.value(whole) != _CHECKED:
+    if not is_sound(whole):
         raise place.corrupt("the checksum of a chunk does not match: bytes of the shard were altered")
-    body = memoryview(whole)[:-_CHECKSUM_BYTES]  # type: ignore[arg-type] # arrays are buffers from Python 3.12 on
+    body = memoryview(whole)[:-CHECKSUM_BYTES]  # type: ignore[arg-type] # arrays are buffers from Python 3.12 on
     decoded_bytes, _, stored_bytes = struct.unpack_from("<III", body, 4)
     if decoded_bytes != spec.chunk_bytes or stored_bytes != len(body):
         raise place.corrupt(f"a chunk holds {decoded_bytes} bytes where the array's shape says {spec.chunk_bytes}")
@@ -375,7 +371,7 @@ def _encode_chunk(chunk: npt.NDArray[Any], spec: ShardSpec) -> bytes:
     level, shuffle, block_bytes = spec.compression
     laid = np.ascontiguousarray(chunk.T) if spec.by_column else chunk
     body: bytes = blosc.compress(laid, b"zstd", level, _SHUFFLES[shuffle], block_bytes, chunk.itemsize)
-    return body + _checksum(body)
+    return with_checksum(body)
 
 
 def _scratch(shape: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -388,7 +384,3 @@ def _one_thread() -> None:
     # thread pool is one for the process. The flag is global but only ever set to this one value (zarr-python sets it
     # too), so threads cannot disagree about it; without it every caller's thread compresses by itself.
     blosc.use_threads = False
-
-
-def _checksum(data: bytes) -> bytes:
-    return struct.pack("<I", google_crc32c.value(data))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache import SoftTargetCache
+from kdcache.cache import RESIDENT_BYTES, SoftTargetCache
 from kdcache.errors import OptionError, TransferSetError
 from kdcache.soft_targets import SoftTargets
 from kdcache.stream.ahead import made_ahead
@@ -28,9 +28,6 @@ from kdcache.stream.order import Order
 from kdcache.stream.tiers import TIERS, RowReading, Tier, choose_tier, open_tier
 from kdcache.stream.transfer import DeviceTransfer
 from kdcache.transfer_set import TransferSet
-
-RESIDENT_BYTES = 2**31
-"""Coded rows up to this size are held in memory, and shuffled as a whole."""
 
 Batch = tuple[Any, Tensor | None, SoftTargets]
 
@@ -157,21 +154,11 @@ class SoftTargetLoader:
         )
         self._transfer = DeviceTransfer(device)
         chosen, is_windowed = _resolved(
-            tier or choose_tier(
-                cache, teachers=teachers, device=self._transfer.device, max_resident_bytes=max_resident_bytes,
-                local_copy=local_copy,
-            ),
-            shuffle,
-            is_given=tier is not None,
+            tier, shuffle, cache, teachers=teachers, device=self._transfer.device,
+            max_resident_bytes=max_resident_bytes, local_copy=local_copy,
         )  # fmt: skip
-        if window_bytes is not None and not is_windowed:
-            raise OptionError(f"window_bytes is {window_bytes}; it needs shuffle='windowed'")
-        windows = Windows.of(
-            cache, teachers=teachers, window_bytes=window_bytes, most_rows_an_example=self._joined.most_rows_an_example
-        )
-        self._epochs = Epochs.of(
-            self._joined, seed=seed, shuffle=shuffle is not False, windows=windows if is_windowed else None
-        )
+        windows = _windows(cache, self._joined, is_windowed, teachers=teachers, window_bytes=window_bytes)
+        self._epochs = Epochs.of(self._joined, seed=seed, shuffle=shuffle is not False, windows=windows)
         self._batches = GlobalBatches(self._epochs.num_examples, batch_size, drop_last)
         self._topology = (rank, world_size)
         self._batches.check_parts(Topology.current(rank, world_size))
@@ -348,10 +335,10 @@ class SoftTargetLoader:
             self._joined.check_digests(step.checked, digests)
         labels = None if self._labels is None else self._labels.index_select(0, torch.from_numpy(step.indices))
         rows, num_rows = self._joined.rows_of(step.indices)
-        if self._joined.has_single_rows:
-            return self._transfer.send((inputs, labels, reading.read(rows, step.positions)))
         soft_targets = reading.read(rows, step.positions)
-        return self._transfer.send((inputs, labels, replace(soft_targets, num_rows=torch.from_numpy(num_rows))))
+        if not self._joined.has_single_rows:
+            soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
+        return self._transfer.send((inputs, labels, soft_targets))
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,8 +376,26 @@ def _check_options(
         raise OptionError(f"local_copy is for tier='mapped', and tier is {tier!r}; leave one of them out")
 
 
-def _resolved(tier: Tier, shuffle: Shuffle | None, *, is_given: bool) -> tuple[Tier, bool]:
+def _resolved(tier: Tier | None, shuffle: Shuffle | None, cache: SoftTargetCache, **options: Any) -> tuple[Tier, bool]:
     """Bring tier and shuffle together; gives the tier and whether the shuffle is windowed."""
-    if tier == "windows" and not is_given and isinstance(shuffle, bool):
+    chosen = tier or choose_tier(cache, **options)
+    if tier is None and chosen == "windows" and isinstance(shuffle, bool):
         return "scattered", False
-    return tier, shuffle == "windowed" or (shuffle is None and tier == "windows")
+    return chosen, shuffle == "windowed" or (shuffle is None and chosen == "windows")
+
+
+def _windows(
+    cache: SoftTargetCache,
+    joined: JoinedExamples,
+    is_windowed: bool,  # noqa: FBT001 - what it is about
+    *,
+    teachers: Sequence[str] | None,
+    window_bytes: int | None,
+) -> Windows | None:
+    if is_windowed:
+        return Windows.of(
+            cache, teachers=teachers, window_bytes=window_bytes, most_rows_an_example=joined.most_rows_an_example
+        )
+    if window_bytes is not None:
+        raise OptionError(f"window_bytes is {window_bytes}; it needs shuffle='windowed'")
+    return None

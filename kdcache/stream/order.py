@@ -165,10 +165,6 @@ class WindowedOrder:
         """Give the first position of a window, and the one behind its last."""
         return int(self._window_starts[window_index]), int(self._window_ends[window_index])
 
-    def blocks_of(self, window_index: int) -> Positions:
-        """Give the blocks of a window, int64 [block]."""
-        return self.blocks[window_index * self.window_blocks : (window_index + 1) * self.window_blocks]
-
     def at(self, positions: Positions) -> Positions:
         """Give the examples at some positions, int64 [position]."""
         windows = self.window_of(positions)

@@ -148,12 +148,10 @@ class _Resident(_Anywhere):
         return self.cache.coded_bytes(teachers=self.teachers)
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002
-        index = torch.from_numpy(rows)
         held = self.cache.resident_codes(teachers=self.teachers)
         for resident in held:
             resident.fill(rows)
-        codes = [select_rows(torch.from_numpy(resident.codes), index) for resident in held]
-        return self.cache.wrap(codes, teachers=self.teachers)
+        return _gathered(self.cache, self.teachers, [torch.from_numpy(resident.codes) for resident in held], rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +177,7 @@ class _OnDevice(_Anywhere):
         return sum(codes.nbytes for codes in self.held)
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002
-        index = torch.from_numpy(rows).to(self.held[0].device)
-        return self.cache.wrap([select_rows(codes, index) for codes in self.held], teachers=self.teachers)
+        return _gathered(self.cache, self.teachers, self.held, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,11 +194,9 @@ class _Mapped(_Anywhere):
         return cls(cache, teachers, cache.copy_to(folder, teachers=teachers))
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002
-        index = torch.from_numpy(rows)
         for copy in self.copies:
             copy.check(rows)
-        codes = [select_rows(torch.from_numpy(copy.codes), index) for copy in self.copies]
-        return self.cache.wrap(codes, teachers=self.teachers)
+        return _gathered(self.cache, self.teachers, [torch.from_numpy(copy.codes) for copy in self.copies], rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +212,14 @@ class _Scattered(_Anywhere):
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002
         return self.cache.read_rows(rows, teachers=self.teachers)
+
+
+def _gathered(
+    cache: SoftTargetCache, teachers: Sequence[str] | None, held: Sequence[Tensor], rows: np.ndarray
+) -> SoftTargets:
+    """Gather rows out of codes that are held whole, [row, column] one a teacher, where they are held."""
+    index = torch.from_numpy(rows).to(held[0].device)
+    return cache.wrap([select_rows(codes, index) for codes in held], teachers=teachers)
 
 
 def _on_device(reader: CodesReader, num_shards: int, device: torch.device) -> Tensor:

@@ -23,12 +23,11 @@ from torch import Tensor
 from kdcache.cache import SoftTargetCache
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CodesReader
+from kdcache.store.reader import DECODING_THREADS
 from kdcache.stream.batches import Wanted
 from kdcache.stream.epochs import Epochs, Windows
 from kdcache.stream.order import Order, WindowedOrder
 
-NUM_THREADS = 2
-"""Threads that decode. Decompressing leaves the interpreter to others, so that training goes on beside them."""
 _PIECES_A_WINDOW = 8
 """Pieces that are handed to the threads: to hand over a block by itself would cost a tenth of decoding it."""
 _HELD_WINDOWS = 3
@@ -85,7 +84,7 @@ class _Reading:
         self._order = order
         self._wanted = wanted
         self._room = room
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kdcache-windows")
+        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows")
         self._windows: deque[_Window] = deque()
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002 - they follow from positions
@@ -176,11 +175,13 @@ class _Room:
 
     def take(self, num_rows: int) -> list[np.ndarray]:
         """Give arrays [row, column] that nobody else reads."""
-        unused = [arrays for arrays in self.sets if _are_unused(arrays)]
-        self.sets = [arrays for arrays in self.sets if not any(arrays is other for other in unused)]
+        used: list[list[np.ndarray]] = []
+        unused: list[list[np.ndarray]] = []
+        for arrays in self.sets:
+            (unused if _are_unused(arrays) else used).append(arrays)
         fitting = [arrays for arrays in unused if len(arrays[0]) >= num_rows]
         arrays = fitting[0] if fitting else [_empty(reader, num_rows) for reader in self.readers]
-        self.sets.append(arrays)
+        self.sets = [*used, arrays]
         return [array[:num_rows] for array in arrays]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache import SoftTargetCache
+from kdcache.cache import RESIDENT_BYTES, SoftTargetCache
 from kdcache.errors import MissingExtraError, OptionError, ShapeError
 from kdcache.losses import DistillationLoss, Divergence
 from kdcache.soft_targets import Mean, Weights, check_choice
@@ -113,7 +113,7 @@ class TrainerWithSoftTargets(Trainer):
         label_key: Literal["auto"] | None = "auto",
         extra_classes: Literal["refuse", "ignore"] = "refuse",
         unlabelled_rows: Literal["teach", "ignore"] = "teach",
-        max_resident_bytes: int = 2**31,
+        max_resident_bytes: int = RESIDENT_BYTES,
         **options: Any,
     ) -> None:
         check_choice("extra_classes", extra_classes, ("refuse", "ignore"))

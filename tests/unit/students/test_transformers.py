@@ -390,6 +390,12 @@ def test_other_labels_are_refused(labelled_texts, train):
         first_step(train(classifier(), dataset, cache=labelled_texts))
 
 
+def test_other_labels_can_be_trained_on_where_it_is_said(labelled_texts, train):
+    dataset = labelled_dataset(labels=[0] * NUM_EXAMPLES)
+    batch = first_step(train(classifier(), dataset, cache=labelled_texts, label_key=None))
+    assert batch is not None
+
+
 def test_texts_cut_shorter_than_they_were_cached_are_refused(texts, train):
     dataset = text_dataset(input_ids=[tokens_of(index)[:2] for index in range(NUM_EXAMPLES)])
     with pytest.raises(ShapeError, match=r"example 'text-0' has 2 tokens, and 3 rows in the cache"):
