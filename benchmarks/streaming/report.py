@@ -99,15 +99,15 @@ def cold_table(cold: Sequence[Figures]) -> str:
 
 
 def step_table(lines: Sequence[Figures]) -> str:
-    """Give the table of steps, and their ratio to the control of the same round."""
+    """Give the table of steps, and their ratio to the control, group by group."""
     rows = [
         [
             line["student"], line["soft_targets"], f"{line['step_ms']:.2f}", f"{line['ratio']:.3f}",
-            " to ".join(f"{one:.3f}" for one in line["of_single_rounds"]),
+            " to ".join(f"{one:.3f}" for one in line["of_groups"]),
         ]
         for line in lines
     ]  # fmt: skip
-    return _markdown(["student", "soft targets", "step, ms", "ratio", "of single rounds"], rows)
+    return _markdown(["student", "soft targets", "step, ms", "ratio", "of groups"], rows)
 
 
 def shuffle_table(orders: Sequence[Figures]) -> str:

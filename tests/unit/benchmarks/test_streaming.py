@@ -1,5 +1,7 @@
 """The streaming benchmark: its check of contents, its statistics, its contestants that need no package, its page."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from benchmarks.streaming.repeated import repeated_cache, repeats
 from benchmarks.streaming.resources import MemoryPeak, bytes_on_disk, own_memory_bytes
 from benchmarks.streaming.row_sets import RowSet, lookup_teacher
 from benchmarks.streaming.shuffle import measures_of
-from benchmarks.streaming.step import ratios
+from benchmarks.streaming.step import grouped, ratios
 from benchmarks.streaming.worker import Worker
+from benchmarks.timing import interleaved
 
 NUM_ROWS = 600
 WITHOUT_PACKAGES = [
@@ -217,8 +220,21 @@ def test_a_true_permutation_measures_as_one():
     assert measured["displacement_50"] == pytest.approx(1 - 0.5**0.5, abs=0.01)
 
 
-def test_ratios_are_taken_round_by_round():
-    assert ratios((2.0, 9.0, 4.0), (1.0, 3.0, 4.0)) == {"ratio": 2.0, "of_single_rounds": [1.0, 3.0]}
+def test_ratios_are_taken_group_by_group():
+    assert ratios((2.0, 9.0, 4.0), (1.0, 3.0, 4.0)) == {"ratio": 2.0, "of_groups": [1.0, 3.0]}
+
+
+def test_steps_are_compared_by_the_medians_of_neighbouring_ones():
+    assert grouped((1.0, 2.0, 9.0) * 6 + (5.0, 6.0, 4.0)) == (2.0,) * 6 + (5.0,)
+
+
+def test_turns_change_their_order_and_none_is_left_out():
+    given: list[str] = []
+    contestants = {name: functools.partial(given.append, name) for name in "abcd"}
+    interleaved(contestants, rounds=8, warm_up=0, turns=np.random.default_rng(0))
+    rounds = ["".join(given[start : start + 4]) for start in range(0, 32, 4)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abcd"}
+    assert len(set(rounds)) > 1
 
 
 # The page

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_caches import build_tiny
@@ -461,3 +466,31 @@ def test_a_run_that_is_resumed_within_an_epoch_has_the_losses_of_an_undisturbed_
     resumed = train(causal_model(), text_dataset(), cache=texts, arguments=arguments)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert losses_of(resumed) == losses_of(undisturbed)
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def trained_by_ranks(texts, folder, *, num_ranks, batch_size):
+    kept = folder / f"{num_ranks}.pt"
+    program = Path(__file__).with_name("trainer_of_ranks.py")
+    folders = (str(program.parent), str(Path(__file__).parents[2]), str(Path(__file__).parents[3]))
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
+            str(program), texts.address, str(batch_size), str(kept),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    return torch.load(kept)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_model_as_one(texts, tmp_path):
+    together = trained_by_ranks(texts, tmp_path, num_ranks=2, batch_size=2)
+    alone = trained_by_ranks(texts, tmp_path, num_ranks=1, batch_size=4)
+    assert (together["world_size"], alone["world_size"]) == (2, 1)
+    torch.testing.assert_close(together["weights"], alone["weights"], rtol=1e-4, atol=1e-5)
