@@ -474,12 +474,13 @@ class SoftTargetCache:
         return {}
 
     def _chosen(self, teachers: Sequence[str] | None) -> list[str]:
-        names = list(self.teachers) if teachers is None else list(teachers)
+        if teachers is None:
+            return list(self.teachers)
+        names = [teachers] if isinstance(teachers, str) else list(teachers)
         unknown = [name for name in names if name not in self.teachers]
         if unknown or not names:
-            raise UnknownTeacherError(
-                f"cache {self.address} has no teacher {unknown or 'at all'}; it has {list(self.teachers)}"
-            )
+            asked = f"has no teacher {', '.join(map(repr, unknown))}" if unknown else "was asked for no teacher at all"
+            raise UnknownTeacherError(f"cache {self.address} {asked}; it has {', '.join(map(repr, self.teachers))}")
         return names
 
     def require_complete(self, what: str) -> None:

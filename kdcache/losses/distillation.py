@@ -232,6 +232,11 @@ class DistillationLoss(nn.Module):
 
 
 def _check_student(student_logits: Tensor) -> None:
+    if not isinstance(student_logits, Tensor):
+        raise ShapeError(
+            f"The student's logits are a {type(student_logits).__qualname__}, not a tensor; the order is "
+            "distillation_loss(student_logits, soft_targets, labels, temperature=...)."
+        )
     if student_logits.ndim not in {2, 3} or not student_logits.is_floating_point():
         raise ShapeError(
             f"The student's logits must be floating-point numbers with the axes [row, class] or [example, position, "

@@ -212,10 +212,19 @@ def test_soft_targets_name_the_teachers_read(cache):
     assert cache.read(IDS[:1], teachers=["b"]).teacher_names == ("b",)
 
 
-@pytest.mark.parametrize("teachers", [["c"], ["a", "c"], []])
+@pytest.mark.parametrize("teachers", [["c"], ["a", "c"], "c"])
 def test_an_unknown_teacher_is_named_with_those_that_are_there(cache, teachers):
-    with pytest.raises(UnknownTeacherError, match=r"has no teacher .*; it has \['a', 'b'\]"):
+    with pytest.raises(UnknownTeacherError, match=r"has no teacher 'c'; it has 'a', 'b'"):
         cache.read(IDS[:1], teachers=teachers)
+
+
+def test_no_teacher_at_all_is_refused(cache):
+    with pytest.raises(UnknownTeacherError, match=r"was asked for no teacher at all; it has 'a', 'b'"):
+        cache.read(IDS[:1], teachers=[])
+
+
+def test_a_single_teacher_may_be_named_by_itself(cache):
+    assert cache.read(IDS[:1], teachers="b").teacher_names == ("b",)
 
 
 @pytest.mark.parametrize("view_index", [-1, 1])

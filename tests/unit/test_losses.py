@@ -373,6 +373,11 @@ def test_student_logits_with_other_axes_are_refused(student):
         distillation_loss(student, TEACHER, LABELS, temperature=2.0)
 
 
+def test_arguments_in_the_other_order_are_told_apart():
+    with pytest.raises(ShapeError, match=r"logits are a list, not a tensor; the order is distillation_loss\(student"):
+        distillation_loss([[1.0, 0.0]], torch.zeros(1, 2), temperature=1.0)
+
+
 def test_teacher_logits_with_other_axes_are_refused():
     with pytest.raises(ShapeError, match=r"\[row, class\] or \[row, teacher, class\], got shape \(5,\)"):
         distillation_loss(STUDENT, TEACHER[0], LABELS, temperature=2.0)
