@@ -147,6 +147,7 @@ def publish_shard(
         min_logit=_smallest_finite(logits[:]) if errors is None else float(errors.lowest_logit.min()),
         max_logit=float(logits[:].max()) if errors is None else float(errors.highest_logit.max()),
         certificate=certificate,
+        chunk_checksums=published.chunk_checksums,
     )
     destination.store.publish_record(record)
     return destination.store.record(destination.teacher.name, shard_index) or record

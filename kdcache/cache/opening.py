@@ -5,12 +5,12 @@ from __future__ import annotations
 __all__ = ["LOCAL_CACHE_BYTES", "open_cache"]
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kdcache.cache.reading import SoftTargetCache
-from kdcache.documents import CompleteDocument
+from kdcache.documents import CacheDocument, CompleteDocument, TeacherDocument
 from kdcache.errors import CorruptCacheError, IncompleteCacheError
-from kdcache.store import CacheStore, KeptPages
+from kdcache.store import CacheStore, KeptPages, layout
 
 LOCAL_CACHE_BYTES = 10 * 2**30
 """What parts of far caches may take in a local folder, where nothing is said."""
@@ -61,6 +61,8 @@ def open_cache(
         )
     names = _teacher_names(store, complete)
     teachers = {name: teacher for name in names if (teacher := store.teacher(name)) is not None}
+    if complete is not None:
+        _check_bound(store, document, complete, teachers)
     missing = [f"teachers/{name}/zarr.json" for name in names if name not in teachers]
     if complete is not None and missing:
         raise CorruptCacheError(
@@ -70,6 +72,31 @@ def open_cache(
         )
     cache = SoftTargetCache(store, document, complete, teachers)
     return cache if local_cache is None else _kept_locally(cache, local_cache, local_cache_bytes)
+
+
+def _check_bound(
+    store: CacheStore,
+    document: CacheDocument,
+    complete: CompleteDocument,
+    teachers: Mapping[str, TeacherDocument],
+) -> None:
+    """Refuse documents that complete.json does not vouch for: another cache's are sound in themselves."""
+    plan = store.plan(complete.plan_index)
+    others = [
+        layout.metadata_key(layout.teacher_group(teacher.name))
+        for teacher in complete.teachers
+        if teacher.name in teachers and teachers[teacher.name].digest() != teacher.document_digest
+    ]
+    if plan is None or plan.digest() != complete.plan_digest:
+        others.append(layout.plan_key(complete.plan_index))
+    elif plan.cache != document:
+        others.append(layout.ROOT)
+    if others:
+        raise CorruptCacheError(
+            f"cache {store.address}: {', '.join(others)} is not what complete.json vouches for, so that rows would be "
+            f"read as something else. Nothing was changed. Run `kdcache verify {store.address}` to see all damage; "
+            "bring the files back, or build the cache anew"
+        )
 
 
 def _kept_locally(cache: SoftTargetCache, folder: str | os.PathLike[str], max_bytes: int) -> SoftTargetCache:

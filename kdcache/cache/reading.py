@@ -455,7 +455,7 @@ class SoftTargetCache:
 
     def _reader(self, name: str) -> CodesReader:
         if name not in self._readers:
-            self._readers[name] = self._store.codes_reader(self.teachers[name], self.document)
+            self._readers[name] = self._store.codes_reader(self.teachers[name], self.document, by_record=True)
         return self._readers[name]
 
     @functools.cached_property

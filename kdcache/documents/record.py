@@ -103,6 +103,9 @@ class Record(Document):
     max_logit: float
     """Largest logit of the shard."""
     certificate: CertificateDocument
+    chunk_checksums: Annotated[str, Field(pattern=r"^([0-9a-f]{8})+$")] | None = None
+    """The last four bytes of every chunk as stored, its CRC-32C, in hexadecimal, one chunk behind the other. They bind
+    what is read of a shard to its place: another shard under its name is sound in itself. Absent in earlier records."""
 
     @model_validator(mode="after")
     def _check(self) -> Record:

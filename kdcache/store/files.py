@@ -6,6 +6,7 @@ __all__ = ["ATTRIBUTE", "MAX_JSON_BYTES", "CacheFiles"]
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -149,6 +150,10 @@ class CacheFiles:
             f"{layout.teacher_group(name)} and {layout.records_folder(name)} and run the build again."
         )
         return Place(self.address, key, remedy)
+
+    def record_place(self, name: str, shard_index: int) -> Place:
+        """Give the place of a shard's record: it is made anew together with its shard."""
+        return replace(self.shard_place(name, shard_index), key=layout.record_key(name, shard_index))
 
     def shard_place(self, name: str, shard_index: int) -> Place:
         """Give the place of a teacher's shard."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["DECODING_THREADS", "DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader", "distinct"]
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from kdcache.documents import CacheDocument
 from kdcache.errors import CorruptCacheError, ShapeError
+from kdcache.store.checksums import CHECKSUM_BYTES
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
 from kdcache.store.recent import Recent
@@ -44,6 +46,8 @@ class ShardedReader:
         Shards of the array.
     cache_bytes : int
         Decoded chunks to keep, in bytes; as much again at most is kept of the shards' indexes.
+    expected_of : callable (shard number) -> bytes or None, optional
+        Gives the checksums that the shard's chunks are to have, one behind the other, or None where nobody knows.
     """
 
     def __init__(
@@ -54,12 +58,14 @@ class ShardedReader:
         num_shards: int,
         *,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        expected_of: Callable[[int], bytes | None] | None = None,
     ) -> None:
         self.spec = spec
         self.num_rows = num_shards * spec.shard_rows
         self._objects = objects
         self._place_of = place_of
-        self._indexes: Recent[int, npt.NDArray[np.int64]] = Recent(max(cache_bytes, spec.index_bytes))
+        self._expected_of = expected_of
+        self._indexes: Recent[int, _Index] = Recent(max(cache_bytes, spec.index_bytes))
         self._chunks: Recent[int, npt.NDArray[Any]] = Recent(cache_bytes)
         self._every_row = np.arange(spec.chunk_rows)
 
@@ -177,12 +183,13 @@ class ShardedReader:
     def read_shard(self, shard_index: int, *, num_rows: int | None = None) -> npt.NDArray[Any]:
         """Read a whole shard, or its first `num_rows` rows, in one go and past the memory of chunks."""
         place = self._place_of(shard_index)
+        expected = self._expected(shard_index)
         try:
-            return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows)
+            return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows, expected=expected)
         except CorruptCacheError:
             if not self._objects.forget(place.key):
                 raise
-        return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows)
+        return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows, expected=expected)
 
     def check_shards(self) -> None:
         """Check that every shard is there with the bytes of an index at least; none is opened.
@@ -217,19 +224,22 @@ class ShardedReader:
         out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """Check and decode a chunk; one that was kept nearer and is damaged is read again from where it stands."""
+        index = self._index(shard_index, place)
+        expected = index.expected_of(chunk_in_shard)
         try:
-            return decode_chunk(stored, self.spec, place=place, out=out)
+            return decode_chunk(stored, self.spec, place=place, out=out, expected=expected)
         except CorruptCacheError:
             if not self._objects.forget(place.key):
                 raise
-        start, length = self._index(shard_index, place)[chunk_in_shard].tolist()
-        return decode_chunk(self._read_range(place, start, length), self.spec, place=place, out=out)
+        start, length = index.ranges[chunk_in_shard].tolist()
+        stored = self._read_range(place, start, length)
+        return decode_chunk(stored, self.spec, place=place, out=out, expected=expected)
 
     def _stored_chunks(
         self, shard_index: int, place: Place, within: Sequence[int]
     ) -> Iterator[tuple[int, bytes | npt.NDArray[np.uint8]]]:
         """Yield some of a shard's chunks as they are stored, by their ascending numbers in it."""
-        ranges = self._index(shard_index, place)[list(within)].tolist()
+        ranges = self._index(shard_index, place).ranges[list(within)].tolist()
         try:
             found = self._objects.read_ranges(place.key, ranges)
             for chunk_in_shard, (start, length), data in zip(within, ranges, found, strict=True):
@@ -239,18 +249,22 @@ class ShardedReader:
         except FileNotFoundError as error:  # deleted since its index was read
             raise place.corrupt(_MISSING) from error
 
-    def _index(self, shard_index: int, place: Place) -> npt.NDArray[np.int64]:
+    def _index(self, shard_index: int, place: Place) -> _Index:
         index = self._indexes.get(shard_index)
         if index is not None:
             return index
         try:
-            index = self._read_index(place)
+            ranges = self._read_index(place)
         except CorruptCacheError:
             if not self._objects.forget(place.key):
                 raise
-            index = self._read_index(place)
-        self._indexes.put(shard_index, index, index.nbytes)
+            ranges = self._read_index(place)
+        index = _Index(ranges, self._expected(shard_index))
+        self._indexes.put(shard_index, index, index.num_bytes)
         return index
+
+    def _expected(self, shard_index: int) -> bytes | None:
+        return None if self._expected_of is None else self._expected_of(shard_index)
 
     def _read_index(self, place: Place) -> npt.NDArray[np.int64]:
         shard_bytes = self._shard_bytes(place)
@@ -275,6 +289,23 @@ class ShardedReader:
             return self._objects.read(place.key)
         except FileNotFoundError as error:
             raise place.corrupt(_MISSING) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Index:
+    """Start and length of a shard's chunks, int64 [chunk, 2], and the checksums that they are to have, if known."""
+
+    ranges: npt.NDArray[np.int64]
+    expected: bytes | None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.ranges.nbytes + len(self.expected or b"")
+
+    def expected_of(self, chunk_in_shard: int) -> bytes | None:
+        if self.expected is None:
+            return None
+        return self.expected[chunk_in_shard * CHECKSUM_BYTES : (chunk_in_shard + 1) * CHECKSUM_BYTES]
 
 
 class CodesReader:

@@ -12,6 +12,7 @@ __all__ = [
     "Compression",
     "ShardSpec",
     "bytes_codec",
+    "checksums_of_chunks",
     "decode_chunk",
     "decode_shard",
     "encode_shard",
@@ -258,6 +259,19 @@ def parse_index(index: bytes, spec: ShardSpec, *, shard_bytes: int, place: Place
     return entries.astype(np.int64)
 
 
+def checksums_of_chunks(data: bytes, spec: ShardSpec, *, place: Place) -> bytes:
+    """Give the checksums that end a shard's chunks, of `CHECKSUM_BYTES` bytes each, in the chunks' order.
+
+    Raises
+    ------
+    CorruptCacheError
+        The shard's index does not fit its bytes.
+    """
+    index = parse_index(data[-spec.index_bytes :], spec, shard_bytes=len(data), place=place)
+    ends = (index[:, 0] + index[:, 1]).tolist()
+    return b"".join(data[end - CHECKSUM_BYTES : end] for end in ends)
+
+
 def shorter_than_index(shard_bytes: int, spec: ShardSpec, *, place: Place) -> CorruptCacheError:
     """Make the error that says that a shard has fewer bytes than its index alone."""
     return place.corrupt(f"the shard has {shard_bytes} bytes, fewer than the {spec.index_bytes} of its index alone")
@@ -269,6 +283,7 @@ def decode_chunk(
     *,
     place: Place,
     out: npt.NDArray[Any] | None = None,
+    expected: bytes | None = None,
 ) -> npt.NDArray[Any]:
     """Check and decode one chunk.
 
@@ -282,6 +297,8 @@ def decode_chunk(
         Where the shard stands.
     out : ndarray [row, column], optional
         C-contiguous array of the stored dtype to decode into; a new one where absent.
+    expected : bytes, optional
+        The checksum that the shard's record names for it; any sound chunk will do where absent.
 
     Returns
     -------
@@ -291,13 +308,19 @@ def decode_chunk(
     Raises
     ------
     CorruptCacheError
-        The chunk's checksum does not match, or it is not of the size that `spec` says. Checked before memory is taken.
+        The chunk's checksum does not match, it is not the chunk of the record, or it is not of the size that `spec`
+        says. Checked before memory is taken.
     """
     whole = bytes(data) if isinstance(data, memoryview) else data  # the checksum takes no memoryview
     if len(whole) < _BLOSC_HEADER_BYTES + CHECKSUM_BYTES:
         raise place.corrupt(f"a chunk has {len(whole)} bytes, fewer than any chunk can have")
     if not is_sound(whole):
         raise place.corrupt("the checksum of a chunk does not match: bytes of the shard were altered")
+    if expected is not None and bytes(whole[-CHECKSUM_BYTES:]) != expected:
+        raise place.corrupt(
+            "a chunk is sound, but not the one that the shard's record names: another shard stands here, or the record "
+            "is another's"
+        )
     body = memoryview(whole)[:-CHECKSUM_BYTES]  # type: ignore[arg-type] # arrays are buffers from Python 3.12 on
     decoded_bytes, _, stored_bytes = struct.unpack_from("<III", body, 4)
     if decoded_bytes != spec.chunk_bytes or stored_bytes != len(body):
@@ -316,7 +339,9 @@ def decode_chunk(
     return out
 
 
-def decode_shard(data: bytes, spec: ShardSpec, *, place: Place, num_rows: int | None = None) -> npt.NDArray[Any]:
+def decode_shard(
+    data: bytes, spec: ShardSpec, *, place: Place, num_rows: int | None = None, expected: bytes | None = None
+) -> npt.NDArray[Any]:
     """Check and decode a whole shard.
 
     Parameters
@@ -329,6 +354,8 @@ def decode_shard(data: bytes, spec: ShardSpec, *, place: Place, num_rows: int | 
         Where the shard stands.
     num_rows : int, optional
         Rows wanted from the front; all where absent. Chunks beyond are not decoded.
+    expected : bytes, optional
+        The checksums of all chunks, as the shard's record names them.
 
     Returns
     -------
@@ -347,7 +374,10 @@ def decode_shard(data: bytes, spec: ShardSpec, *, place: Place, num_rows: int | 
     view = memoryview(data)
     for chunk_index, (start, length) in enumerate(index[:num_chunks].tolist()):
         first = chunk_index * spec.chunk_rows
-        decode_chunk(view[start : start + length], spec, place=place, out=rows[first : first + spec.chunk_rows])
+        decode_chunk(
+            view[start : start + length], spec, place=place, out=rows[first : first + spec.chunk_rows],
+            expected=None if expected is None else expected[chunk_index * CHECKSUM_BYTES :][:CHECKSUM_BYTES],
+        )  # fmt: skip
     return rows[:num_rows]
 
 

@@ -95,9 +95,19 @@ class CacheStore:
             A plan's file breaks its schema.
         """
         plans: list[PlanDocument] = []
-        while (plan := self._files.read_document(PlanDocument, layout.plan_key(len(plans)))) is not None:
+        while (plan := self.plan(len(plans))) is not None:
             plans.append(plan)
         return plans
+
+    def plan(self, index: int) -> PlanDocument | None:
+        """Read a plan by its number; None where there is none.
+
+        Raises
+        ------
+        DocumentError
+            The plan's file breaks its schema.
+        """
+        return self._files.read_document(PlanDocument, layout.plan_key(index))
 
     def publish_plan(self, index: int, plan: PlanDocument) -> bool:
         """Store a plan unless one with this number stands; True when this one was stored."""
@@ -460,6 +470,7 @@ class CacheStore:
         cache_document: CacheDocument,
         *,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        by_record: bool = False,
     ) -> CodesReader:
         """Give a reader of a teacher's codes; nothing is read yet but the array's metadata.
 
@@ -471,13 +482,16 @@ class CacheStore:
             Says which rows exist.
         cache_bytes : int
             Decoded chunks to keep in memory.
+        by_record : bool
+            Hold every chunk against its shard's record, which must stand: a sound chunk of another shard is refused.
 
         Raises
         ------
         CorruptCacheError
             The array's metadata are missing, or contradict the documents.
         """
-        return open_codes(self._files, teacher_document, cache_document, cache_bytes=cache_bytes)
+        record_of = functools.partial(self.record, teacher_document.name) if by_record else None
+        return open_codes(self._files, teacher_document, cache_document, cache_bytes=cache_bytes, record_of=record_of)
 
 
 def _mismatch(place: Place, ours: CacheDocument, theirs: CacheDocument) -> str:

@@ -16,20 +16,30 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, CodecSpec, Parameter, Spectral, TeacherDocument, TopK, differences
-from kdcache.errors import CodecError, ShapeError
+from kdcache.documents import (
+    CacheDocument,
+    CodecSpec,
+    Parameter,
+    Record,
+    Spectral,
+    TeacherDocument,
+    TopK,
+    differences,
+)
+from kdcache.errors import CodecError, DocumentError, ShapeError
 from kdcache.store import arrays, layout
+from kdcache.store.checksums import CHECKSUM_BYTES
 from kdcache.store.files import CacheFiles
 from kdcache.store.place import Place
 from kdcache.store.reader import CodesReader, ShardedReader, has_fill
-from kdcache.store.shards import ShardSpec, decode_shard, encode_shard
+from kdcache.store.shards import ShardSpec, checksums_of_chunks, decode_shard, encode_shard
 
 if TYPE_CHECKING:
     import zarr
@@ -49,12 +59,15 @@ class PublishedShard:
     sha256 : str
         Its digest.
     created : bool
-        False when another writer's shard stood there already: size and digest are then of that one.
+        False when another writer's shard stood there already: all else is then of that one.
+    chunk_checksums : str
+        The checksums that end its chunks, in hexadecimal, one behind the other.
     """
 
     num_bytes: int
     sha256: str
     created: bool
+    chunk_checksums: str
 
 
 def shard_spec(teacher_document: TeacherDocument, cache_document: CacheDocument) -> ShardSpec:
@@ -152,13 +165,21 @@ def publish_shard(
     if not created:
         data = files.read(place)
         decode_shard(data, spec, place=place)  # a record must never vouch for a damaged shard
-    return PublishedShard(len(data), hashlib.sha256(data).hexdigest(), created)
+    checksums = checksums_of_chunks(data, spec, place=place)
+    return PublishedShard(len(data), hashlib.sha256(data).hexdigest(), created, checksums.hex())
 
 
 def open_codes(
-    files: CacheFiles, teacher_document: TeacherDocument, cache_document: CacheDocument, *, cache_bytes: int
+    files: CacheFiles,
+    teacher_document: TeacherDocument,
+    cache_document: CacheDocument,
+    *,
+    cache_bytes: int,
+    record_of: Callable[[int], Record | None] | None = None,
 ) -> CodesReader:
     """Give a reader of a teacher's codes; reads the array's metadata and nothing else.
+
+    With `record_of`, which gives the record of a shard by its number, chunks are held against it.
 
     Raises
     ------
@@ -176,8 +197,32 @@ def open_codes(
         told = [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, standing)]
         raise place.corrupt(f"the array is not as the documents say ({'; '.join(told[:3])})")
     place_of = functools.partial(files.shard_place, name)
-    reader = ShardedReader(files.objects, place_of, spec, cache_document.num_shards, cache_bytes=cache_bytes)
+    expected_of = None if record_of is None else functools.partial(_expected, files, name, spec, record_of)
+    reader = ShardedReader(
+        files.objects, place_of, spec, cache_document.num_shards, cache_bytes=cache_bytes, expected_of=expected_of
+    )
     return CodesReader(reader, cache_document, place_of)
+
+
+def _expected(
+    files: CacheFiles, name: str, spec: ShardSpec, record_of: Callable[[int], Record | None], shard_index: int
+) -> bytes | None:
+    """Give the checksums that a shard's record names for its chunks; None where it is of an earlier release."""
+    place = files.record_place(name, shard_index)
+    try:
+        record = record_of(shard_index)
+    except DocumentError as error:
+        raise place.corrupt(f"the record cannot be read: {error}") from error
+    if record is None:
+        raise place.corrupt("the record is missing, so that nothing says which shard belongs here")
+    if record.chunk_checksums is None:
+        return None
+    checksums = bytes.fromhex(record.chunk_checksums)
+    if len(checksums) != spec.num_chunks * CHECKSUM_BYTES:
+        raise place.corrupt(
+            f"the record names {len(checksums) // CHECKSUM_BYTES} chunks, and the shard has {spec.num_chunks}"
+        )
+    return checksums
 
 
 def _earlier_metadata(spec: ShardSpec, cache_document: CacheDocument) -> list[dict[str, Any]]:
