@@ -40,6 +40,7 @@ def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> Complete
         plan_digest=plan.digest(),
         examples_sha256=store.examples_sha256(),
         index_digest=store.index_digest(),
+        fences_sha256=store.fences_sha256(),
         teachers=teachers,
         data_digest=digest_of_digests(teacher.data_digest for teacher in teachers),
     )

@@ -144,6 +144,9 @@ class CompleteDocument(Document):
     """Digest of examples.parquet."""
     index_digest: Digest
     """Digest over the files of the id index."""
+    fences_sha256: Digest | None = None
+    """Digest of `index/fences/c/0/0`, which names the checksums of the index's other chunks. Absent in those of earlier
+    releases."""
     teachers: Annotated[tuple[CompletedTeacher, ...], Field(min_length=1)]
     """In the ensemble's order."""
     data_digest: Digest

@@ -112,8 +112,13 @@ class ExampleTable:
             for left, right in zip(ours, theirs, strict=True)
         )
 
-    def to_parquet(self) -> bytes:
+    def to_parquet(self, *, transfer_set_digest: str | None = None) -> bytes:
         """Encode the table as a Parquet file with page checksums; equal tables give equal bytes.
+
+        Parameters
+        ----------
+        transfer_set_digest : str, optional
+            Binds the file to the cache whose document has this digest.
 
         Raises
         ------
@@ -129,11 +134,20 @@ class ExampleTable:
             "label": self.labels,
             "input_digest": self.input_digests,
         }
-        return encode_columns(columns, example_id_type=self.example_id_type, num_examples=len(self))
+        return encode_columns(
+            columns, example_id_type=self.example_id_type, num_examples=len(self),
+            transfer_set_digest=transfer_set_digest,
+        )  # fmt: skip
 
     @classmethod
     def from_parquet(
-        cls, data: bytes, *, place: Place, columns: Sequence[str] | None = None, num_examples: int | None = None
+        cls,
+        data: bytes,
+        *,
+        place: Place,
+        columns: Sequence[str] | None = None,
+        num_examples: int | None = None,
+        transfer_set_digest: str | None = None,
     ) -> ExampleTable:
         """Decode and check a Parquet file.
 
@@ -147,15 +161,19 @@ class ExampleTable:
             Which of the optional columns ("label", "input_digest") to read; both where absent.
         num_examples : int, optional
             Examples that there must be; checked before memory is taken.
+        transfer_set_digest : str, optional
+            The transfer set whose table it must be, where the file says so.
 
         Raises
         ------
         CorruptCacheError
-            The file is torn or altered, or not of the schema.
+            The file is torn or altered, not of the schema, or another transfer set's.
         """
         from kdcache.store.parquet import ExampleColumns  # noqa: PLC0415 - opening a cache does without Arrow
 
-        file = ExampleColumns(lambda: io.BytesIO(data), place=place, num_examples=num_examples)
+        file = ExampleColumns(
+            lambda: io.BytesIO(data), place=place, num_examples=num_examples, transfer_set_digest=transfer_set_digest
+        )
         wanted = {"label", "input_digest"} if columns is None else set(columns)
         read: dict[str, Any] = {name: file.column(name) for name in ("example_id", "first_row", "num_rows", *wanted)}
         try:

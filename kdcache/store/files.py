@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ATTRIBUTE", "MAX_JSON_BYTES", "CacheFiles"]
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -67,7 +68,10 @@ class CacheFiles:
         """Read a document from a file of its own; None where there is no such file."""
         place = self.place(key)
         data = self._read_text(place)
-        return None if data is None else kind.from_json(data, source=str(place))
+        if data is None:
+            return None
+        with _told(place):
+            return kind.from_json(data, source=str(place))
 
     def read_group_document(self, kind: type[AnyDocument], group: str) -> AnyDocument | None:
         """Read the document in a Zarr group's attributes; None where there is no group."""
@@ -76,10 +80,11 @@ class CacheFiles:
         if metadata is None:
             return None
         attributes = metadata.get("attributes")
-        if metadata.get("node_type") != "group" or not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
-            problem = Problem(f"attributes.{ATTRIBUTE}", "missing", "is no Zarr group of a kdcache cache")
-            raise DocumentError(kind.title, str(place), (problem,))
-        return kind.from_mapping(attributes[ATTRIBUTE], source=str(place))
+        with _told(place):
+            if metadata.get("node_type") != "group" or not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
+                problem = Problem(f"attributes.{ATTRIBUTE}", "missing", "is no Zarr group of a kdcache cache")
+                raise DocumentError(kind.title, str(place), (problem,))
+            return kind.from_mapping(attributes[ATTRIBUTE], source=str(place))
 
     def read_nodes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield path and metadata of every Zarr group and array below the root."""
@@ -163,3 +168,13 @@ class CacheFiles:
             f"{layout.record_key(name, shard_index)} and run the build again: it makes this shard anew."
         )
         return Place(self.address, key, remedy)
+
+
+@contextlib.contextmanager
+def _told(place: Place) -> Iterator[None]:
+    """Have an error about a document say what to do as well."""
+    try:
+        yield
+    except DocumentError as error:
+        remedy = f"Nothing was changed. {place.remedy}"
+        raise DocumentError(error.document, error.source, error.problems, remedy) from error

@@ -3,7 +3,8 @@
 An *entry* is (key, check, first_row, num_rows). An int64 id is its own key and has check 0; a string's key and check
 are the two halves of its BLAKE2b-128. Entries stand sorted by (key, check) in chunks; the *fences* are the first
 (key, check) of every chunk. A lookup finds the chunks by the fences and reads those alone, so that neither opening nor
-memory grows with the number of examples.
+memory grows with the number of examples. Beside its bounds each fence has the checksum with which its chunk ends as
+stored, so that a chunk of another index, sound in itself, is refused.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class IdIndex:
     reader : ShardedReader
         The entries.
     fences : ndarray [chunk, bound] of uint64
-        (key, check) of the first entry of each chunk.
+        (key, check) of the first entry of each chunk; what stands behind these is not looked at.
     num_examples : int
         Entries that are not padding.
     num_rows : int

@@ -37,6 +37,8 @@ _MEANINGS = {
     "input_digest": "BLAKE2b-128 of the example's input; null throughout where inputs were not digested.",
 }
 
+_DIGEST_KEY = b"kdcache.transfer_set_digest"
+
 
 def arrow_schema_for(example_id_type: str) -> pa.Schema:
     """Give the Arrow schema of examples.parquet for ids of type "int64" or "string"."""
@@ -71,7 +73,13 @@ def arrow_schema_document() -> dict[str, Any]:
     }
 
 
-def encode_columns(columns: Mapping[str, npt.NDArray[Any] | None], *, example_id_type: str, num_examples: int) -> bytes:
+def encode_columns(
+    columns: Mapping[str, npt.NDArray[Any] | None],
+    *,
+    example_id_type: str,
+    num_examples: int,
+    transfer_set_digest: str | None = None,
+) -> bytes:
     """Encode columns as a Parquet file with page checksums; equal columns give equal bytes.
 
     Parameters
@@ -82,6 +90,8 @@ def encode_columns(columns: Mapping[str, npt.NDArray[Any] | None], *, example_id
         The type of the ids.
     num_examples : int
         Length of the columns.
+    transfer_set_digest : str, optional
+        Kept in the footer: says which transfer set's table this is.
 
     Raises
     ------
@@ -91,6 +101,8 @@ def encode_columns(columns: Mapping[str, npt.NDArray[Any] | None], *, example_id
     schema = arrow_schema_for(example_id_type)
     try:
         table = pa.table([_arrow(columns[field.name], field, num_examples) for field in schema], schema=schema)
+        if transfer_set_digest is not None:
+            table = table.replace_schema_metadata({_DIGEST_KEY: transfer_set_digest})
     except (UnicodeError, pa.ArrowException) as error:
         raise TransferSetError(f"the examples cannot be stored: {error}") from error
     sink = io.BytesIO()
@@ -177,15 +189,22 @@ class ExampleColumns:
         Where the file stands, for messages.
     num_examples : int, optional
         Examples that there must be; checked before memory is taken.
+    transfer_set_digest : str, optional
+        The transfer set whose table it must be, where the file says so; those of earlier releases do not.
 
     Raises
     ------
     CorruptCacheError
-        The file is missing, torn or altered, or not of the schema.
+        The file is missing, torn or altered, not of the schema, or another transfer set's.
     """
 
     def __init__(
-        self, open_file: Callable[[], IO[bytes] | io.RawIOBase], *, place: Place, num_examples: int | None = None
+        self,
+        open_file: Callable[[], IO[bytes] | io.RawIOBase],
+        *,
+        place: Place,
+        num_examples: int | None = None,
+        transfer_set_digest: str | None = None,
     ) -> None:
         self._open_file = open_file
         self._place = place
@@ -197,6 +216,9 @@ class ExampleColumns:
             lengths = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         self._check(lengths, num_examples)
+        told = (self._schema.metadata or {}).get(_DIGEST_KEY)
+        if transfer_set_digest is not None and told not in {None, transfer_set_digest.encode()}:
+            raise place.corrupt("the file is the table of another transfer set than the cache document names")
 
     def __len__(self) -> int:
         return int(self._starts[-1])

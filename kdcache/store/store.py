@@ -24,7 +24,7 @@ from kdcache.store.examples import ExampleTable
 from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
-from kdcache.store.index_files import index_digest, open_index, publish_index
+from kdcache.store.index_files import fences_sha256, index_digest, open_index, publish_index
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import LocalObjects, Objects, open_objects
 from kdcache.store.place import Place
@@ -159,8 +159,10 @@ class CacheStore:
         CorruptCacheError
             Another table, or a damaged one, stands there.
         """
-        if self._objects.size(layout.EXAMPLES) is None and self._objects.publish(layout.EXAMPLES, table.to_parquet()):
-            return
+        if self._objects.size(layout.EXAMPLES) is None:
+            data = table.to_parquet(transfer_set_digest=self.cache_document().transfer_set_digest)
+            if self._objects.publish(layout.EXAMPLES, data):
+                return
         if not self.examples().equals(table):
             raise self._files.place(layout.EXAMPLES).corrupt("the examples that stand there are not those of the plan")
 
@@ -178,9 +180,11 @@ class CacheStore:
             The table is missing, torn or altered.
         """
         place = self._files.place(layout.EXAMPLES)
+        document = self.cache_document()
         return ExampleTable.from_parquet(
-            self._files.read(place), place=place, columns=columns, num_examples=self.cache_document().num_examples
-        )
+            self._files.read(place), place=place, columns=columns, num_examples=document.num_examples,
+            transfer_set_digest=document.transfer_set_digest,
+        )  # fmt: skip
 
     def example_column(self, name: str) -> npt.NDArray[Any] | None:
         """Read a single column of the example table by its name in the file; None where it is null throughout."""
@@ -215,7 +219,11 @@ class CacheStore:
 
         place = self._files.place(layout.EXAMPLES)
         open_file = functools.partial(RangedFile, self._objects, place)
-        return ExampleColumns(open_file, place=place, num_examples=self.cache_document().num_examples)
+        document = self.cache_document()
+        return ExampleColumns(
+            open_file, place=place, num_examples=document.num_examples,
+            transfer_set_digest=document.transfer_set_digest,
+        )  # fmt: skip
 
     def examples_sha256(self) -> str:
         """Digest of examples.parquet."""
@@ -237,6 +245,10 @@ class CacheStore:
         """Digest over the files of the id index: SHA-256 over each key, its size and its bytes, keys ascending."""
         return index_digest(self._files)
 
+    def fences_sha256(self) -> str:
+        """Digest of the id index's fences, which name the checksums of all its other chunks."""
+        return fences_sha256(self._files)
+
     def lookup(self, example_ids: ExampleIds) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Find examples' first rows and numbers of rows; see `IdIndex.lookup`.
 
@@ -247,7 +259,9 @@ class CacheStore:
         """
         with self._lock:
             if self._index is None:
-                self._index = open_index(self._files, self.cache_document())
+                complete = self.complete()
+                fences_sha256 = None if complete is None else complete.fences_sha256
+                self._index = open_index(self._files, self.cache_document(), fences_sha256=fences_sha256)
         return self._index.lookup(example_ids)
 
     # Teachers --------------------------------------------------------------------------------------------------------

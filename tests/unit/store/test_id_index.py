@@ -7,6 +7,7 @@ from store_builders import make_cache_document
 
 from kdcache.errors import CorruptCacheError, DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.store import CacheStore, ExampleTable
+from kdcache.store.arrays import encode_small_array
 from kdcache.store.index import CHUNK_ENTRIES, IdIndex, id_keys, index_arrays, index_spec
 from kdcache.store.place import Place
 from kdcache.store.shards import encode_shard
@@ -233,7 +234,7 @@ def test_an_altered_part_of_the_index_is_an_error(many, key):
 def test_fences_of_another_number_of_examples_are_an_error(many):
     store, table = many
     store.objects.replace("index/fences/c/0/0", store.objects.read("index/fences/c/0/0")[:-8])
-    with pytest.raises(CorruptCacheError, match=r"its shape \(4, 2\) takes 68"):
+    with pytest.raises(CorruptCacheError, match=r"its shape \(4, 3\) takes 100"):
         store.lookup(table.example_ids[:1])
 
 
@@ -304,6 +305,8 @@ def test_an_entry_that_points_past_the_rows_of_a_view_is_corrupt(tmp_path, first
     store = write_index(tmp_path / "cache", ExampleTable.make([7], num_rows=[5]))
     entries = np.array([[7, 0, first_row, num_rows]], np.uint64)
     store.objects.replace("index/entries/c/0/0", encode_shard(entries, index_spec(1)))
+    without_checksums = encode_small_array(np.array([[7, 0]], np.uint64))  # as earlier releases wrote fences
+    store.objects.replace("index/fences/c/0/0", without_checksums)
     with pytest.raises(CorruptCacheError) as caught:
         store.lookup([7])
     assert str(caught.value) == (
@@ -348,3 +351,19 @@ def test_an_integer_outside_int64_is_unknown_among_strings(tmp_path):
     store = write_index(tmp_path / "cache", ExampleTable.make(["10"]))
     with pytest.raises(UnknownExampleError, match=r"Its ids are string\. You gave int64 ids"):
         store.lookup([2**63])
+
+
+def test_entries_of_another_index_are_refused_however_sound(tmp_path, many):
+    store, table = many
+    other = write_index(tmp_path / "other", ExampleTable.make([f"x{number}" for number in range(len(table))]))
+    store.objects.replace("index/entries/c/0/0", other.objects.read("index/entries/c/0/0"))
+    with pytest.raises(CorruptCacheError, match=r"index/entries/c/0/0: a chunk is sound, but not the one that"):
+        store.lookup(table.example_ids[:1])
+
+
+def test_the_table_of_another_transfer_set_is_refused(many):
+    store, table = many
+    data = table.to_parquet(transfer_set_digest="7" * 64)
+    store.objects.replace("examples.parquet", data)
+    with pytest.raises(CorruptCacheError, match="is the table of another transfer set than the cache document names"):
+        store.examples()
