@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["index_digest", "open_index", "publish_index"]
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -83,10 +84,10 @@ def _publish_entries(files: CacheFiles, place: Place, entries: npt.NDArray[np.ui
         raise place.corrupt("the entries that stand there are not those that follow from the examples")
 
 
-def index_digest(files: CacheFiles) -> str:
-    """SHA-256 over key, size and bytes of every file of the index, keys ascending."""
+def index_digest(files: CacheFiles, keys: Iterable[str] | None = None) -> str:
+    """SHA-256 over key, size and bytes of every file of the index, or of `keys` alone, keys ascending."""
     digest = hashlib.sha256()
-    for key in sorted(files.objects.list(layout.INDEX)):
+    for key in sorted(files.objects.list(layout.INDEX) if keys is None else keys):
         data = files.objects.read(key)
         digest.update(f"{key}\0{len(data)}\0".encode())
         digest.update(data)

@@ -169,12 +169,11 @@ def test_two_swapped_teachers_are_found(folder):
     assert not is_sound(folder)
 
 
-def test_a_missing_shard_is_named_with_what_mends_it(folder):
+def test_a_missing_shard_is_named(folder):
     (folder / "teachers/b/codes/c/1/0").unlink()
     found = findings(folder)
     assert len(found) == 1
     assert found[0].startswith(f"teacher 'b', shard 1: {folder}/teachers/b/codes/c/1/0: the file is missing")
-    assert "delete teachers/b/codes/c/1/0 and commits/b/1.json and run the build again" in found[0]
 
 
 def test_an_altered_shard_is_named_with_both_digests(folder):
@@ -265,4 +264,4 @@ def test_a_teacher_that_is_being_added_is_no_finding(folder):
         (folder / name).write_bytes((before / name).read_bytes())
     (folder / "commits/c/1.json").unlink()
     report = verify_cache(folder)
-    assert (report.findings, report.num_shards) == ((), 6)
+    assert (report.findings, report.num_shards) == ((), 8)
