@@ -109,10 +109,20 @@ def _plans(standing: Standing) -> Iterator[Finding]:
         if (index == 0 or before is not None) and plan.previous != (before.digest() if before else None):
             named = before.digest() if before else None
             what = f"names {plan.previous} as the plan before it, which is {named}"
-            yield finding(store, key, what, "contradicts", expected=str(named), found=str(plan.previous))
+            at_fault = layout.plan_key(index - 1) if _is_vouched(standing, index) and index else key
+            sides = {"expected": str(named), "found": str(plan.previous)}
+            yield finding(store, at_fault, what, "contradicts", where=key, **sides)
         for path, ours, theirs in differences(standing.cache.to_mapping(), plan.cache.to_mapping()):
             what = f"says {path} is {ours!r}, {key} says {theirs!r}"
             yield finding(store, layout.ROOT, what, "contradicts", expected=repr(theirs), found=repr(ours))
+
+
+def _is_vouched(standing: Standing, index: int) -> bool:
+    """Tell whether another document names a plan by its digest."""
+    digest, complete, following = standing.plans[index].digest(), standing.complete, standing.plans.get(index + 1)
+    if complete is not None and complete.plan_index == index:
+        return digest == complete.plan_digest
+    return following is not None and following.previous == digest
 
 
 def _root(standing: Standing) -> Iterator[Finding]:

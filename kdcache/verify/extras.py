@@ -13,7 +13,7 @@ from kdcache.verify.findings import Finding, Note
 from kdcache.verify.standing import Standing, finding, shard_place
 
 _SHARD = re.compile(rf"{layout.TEACHERS}/(?P<name>[^/]+)/{layout.CODES}/c/(?P<shard>[0-9]+)/0")
-_RECORD = re.compile(r"commits/(?P<name>[^/]+)/(?P<shard>[0-9]+)\.json")
+_RECORD = re.compile(rf"{layout.RECORDS}/(?P<name>[^/]+)/(?P<shard>[0-9]+)\.json")
 _PLAN = re.compile(rf"{layout.PLANS}/[0-9]+\.json")
 
 
@@ -55,7 +55,7 @@ def _beyond(standing: Standing, key: str, name: str, shard: str) -> Iterator[Fin
 def _said_of(standing: Standing, key: str) -> str:
     first, _, rest = key.partition("/")
     name = rest.split("/")[0]
-    if first in {layout.TEACHERS, "commits"} and rest and name not in standing.names:
+    if first in {layout.TEACHERS, layout.RECORDS} and rest and name not in standing.names:
         return f"is of a teacher {name!r} that no plan names: nothing reads it"
     if first == layout.TEACHERS and rest.startswith(f"{name}/parameters-"):
         return "is of another fit than the teacher's document names, as a second builder leaves it: nothing reads it"

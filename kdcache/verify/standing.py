@@ -90,7 +90,7 @@ def remedy_for(address: str, key: str, kind: Kind) -> str:
         return "The file is as it was built: build the cache anew at another address."
     if kind == "extra" and parts[0] == layout.INDEX:
         return "Move the file out of the cache."
-    if parts[0] == "commits" or (len(parts) > 3 and parts[2] == layout.CODES and parts[3] == "c"):
+    if parts[0] == layout.RECORDS or (len(parts) > 3 and parts[2] == layout.CODES and parts[3] == "c"):
         return f"`kdcache repair {address}` drops it; `kdcache repair JOB`, with its job file, also builds it anew."
     if parts[0] == layout.PLANS:
         return f"`kdcache repair {address}` writes it anew where other documents tell it; else bring the file back."
