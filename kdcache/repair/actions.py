@@ -11,7 +11,8 @@ from kdcache.verify import Finding
 
 Verb = Literal["drop", "write", "fit", "build", "built", "keep", "cannot"]
 """`drop`: a bad record or shard is taken away. `write`: a file is made anew from what stands, or from the transfer set.
-`fit`: parameters are fitted again with the teacher. `build`: something is missing and needs the teacher, or the transfer set. `built`: it was built.
+`fit`: parameters are fitted again with the teacher. `build`: something is missing and
+needs the teacher, or the transfer set. `built`: it was built.
 `keep`: a second reading was right. `cannot`: nothing here mends it."""
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["index_digest", "open_index", "publish_index"]
+__all__ = ["damaged_parts", "index_digest", "open_index", "publish_index"]
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.documents import CacheDocument
+from kdcache.errors import CorruptCacheError
 from kdcache.store import arrays, layout
 from kdcache.store.examples import ExampleTable
 from kdcache.store.files import CacheFiles
@@ -45,6 +47,19 @@ def publish_index(files: CacheFiles, table: ExampleTable) -> None:
     files.publish_metadata(files.index_place(layout.metadata_key(layout.INDEX_FENCES)), fences)
 
 
+def damaged_parts(files: CacheFiles, table: ExampleTable) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong) of each part of the index that stands and does not follow from the examples."""
+    index, spec = index_arrays(table), index_spec(len(table))
+    for shard in range(-(-len(table) // spec.shard_rows)):
+        place = files.index_place(layout.chunk_key(layout.INDEX_ENTRIES, (shard, 0)))
+        entries = index.entries[shard * spec.shard_rows : (shard + 1) * spec.shard_rows]
+        if files.objects.size(place.key) is not None:
+            yield from _told(functools.partial(_check_entries, files, place, entries, spec), place)
+    place = files.index_place(_FENCES_CHUNK)
+    if files.objects.size(place.key) is not None:
+        yield from _told(functools.partial(_check_fences, files, place, index.fences), place)
+
+
 def open_index(files: CacheFiles, cache_document: CacheDocument) -> IdIndex:
     """Open the id index: reads the fences and nothing else.
 
@@ -77,11 +92,28 @@ def open_index(files: CacheFiles, cache_document: CacheDocument) -> IdIndex:
 def _publish_entries(files: CacheFiles, place: Place, entries: npt.NDArray[np.uint64], spec: ShardSpec) -> None:
     if files.objects.size(place.key) is None and files.objects.publish(place.key, encode_shard(entries, spec)):
         return
+    _check_entries(files, place, entries, spec)
+
+
+def _check_entries(files: CacheFiles, place: Place, entries: npt.NDArray[np.uint64], spec: ShardSpec) -> None:
     # complete.json will vouch for what stands, so it must be what this build would have written.
     standing = decode_shard(files.read(place), spec, place=place)
     same = np.array_equal(standing[: len(entries)], entries)
     if not same or (standing[len(entries) :] != np.uint64(spec.fill)).any():
         raise place.corrupt("the entries that stand there are not those that follow from the examples")
+
+
+def _check_fences(files: CacheFiles, place: Place, fences: npt.NDArray[np.uint64]) -> None:
+    standing = arrays.decode_small_array(files.read(place), dtype="uint64", shape=fences.shape, place=place)
+    if not np.array_equal(standing, fences):
+        raise place.corrupt("the fences that stand there are not those that follow from the examples")
+
+
+def _told(check: Callable[[], None], place: Place) -> Iterator[tuple[str, str]]:
+    try:
+        check()
+    except CorruptCacheError as error:
+        yield place.key, str(error)
 
 
 def index_digest(files: CacheFiles, keys: Iterable[str] | None = None) -> str:

@@ -42,7 +42,7 @@ def verify_cache(
       `kdcache.build.compare_with_teachers`, `kdcache verify --against-teacher`.
 
     Memory does not grow with the cache, but for one record a shard: at ``digests`` it is 4 MiB for each thread, at
-    ``deep`` a shard for each thread, stored and decoded to codes, and 8 MiB of logits.
+    ``deep`` a shard for each thread, stored and decoded to codes, and a MiB of logits.
 
     Parameters
     ----------

@@ -21,8 +21,6 @@ from kdcache.verify.certificates import contradictions
 from kdcache.verify.findings import Finding, kind_of_error
 from kdcache.verify.standing import Standing, finding, plain_text, shard_place
 
-BLOCK_ELEMENTS = 2**21
-"""Logits that are decoded at a time: 8 MiB of float32."""
 LOOKED_UP_AT_ONCE = 65_536
 _SPAN_ROUNDING = 1e-3
 """Share of the logits' span by which a decoded row may be wider: float32 and float16 round."""
@@ -76,34 +74,29 @@ class TeacherDecoding:
             yield finding(
                 store, key, what, "contradicts", expected=str(record.num_rows), found=str(len(codes)), **about
             )
-        for what in self._spoiled_rows(codes):
+        spoiled, widest = self._decoded(codes)
+        if spoiled:
+            what = f"{len(spoiled)} row(s) decode to NaN, +inf or no class, the first is row {spoiled[0]} of the shard"
             yield finding(store, key, what, "not_finite", **about)
-        for what in (*self._too_wide(codes, record), *contradictions(record, self._document.codec)):
+        for what in (*_too_wide(widest, record), *contradictions(record, self._document.codec)):
             record_key = layout.record_key(record.teacher, record.shard_index)
             yield finding(store, record_key, f"its record {what}", "contradicts", **about)
 
-    def _spoiled_rows(self, codes: np.ndarray) -> Iterator[str]:
-        bad = [row for start, logits in self._logits(codes) for row in (start + _spoiled(logits)).tolist()]
-        if bad:
-            yield f"{len(bad)} row(s) decode to NaN, +inf or no class at all, the first is row {bad[0]} of the shard"
-
-    def _too_wide(self, codes: np.ndarray, record: Record) -> Iterator[str]:
-        if record.certificate.max_error_range is None:
-            return
-        found = max((float(_spans(logits).max()) for _, logits in self._logits(codes)), default=0.0)
-        span = record.max_logit - record.min_logit
-        limit = (span + record.certificate.max_error_range) * (1 + _SPAN_ROUNDING) + 1e-6
-        if found > limit:
-            yield (
-                f"says that logits lie from {record.min_logit:g} to {record.max_logit:g} and are off by up to "
-                f"{record.certificate.max_error_range:g}; a decoded row spans {found:g}"
-            )
-
     @torch.inference_mode()
-    def _logits(self, codes: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+    def _decoded(self, codes: np.ndarray) -> tuple[list[int], float]:
+        """Decode rows; give those with NaN, +inf or nothing but -inf, and the widest span of finite logits."""
         decoder, values = self._opened(), torch.from_numpy(codes)
-        for rows in row_blocks(len(codes), decoder.codec.num_classes, max_elements=BLOCK_ELEMENTS):
-            yield rows.start, decoder.decode(values[rows])
+        spoiled: list[int] = []
+        widest = 0.0
+        for rows in row_blocks(len(codes), decoder.codec.num_classes):
+            logits = decoder.decode(values[rows])
+            highest, lowest = logits.amax(dim=1), logits.amin(dim=1)
+            if not bool((highest - lowest).isfinite().all()):  # masked classes, or worse
+                is_bad = ~highest.isfinite()  # the largest is NaN where one is
+                spoiled += (rows.start + is_bad.nonzero()[:, 0]).tolist()
+                lowest = logits.masked_fill(logits.isneginf(), torch.inf).amin(dim=1)
+            widest = max(widest, float((highest - lowest).nan_to_num(0.0, 0.0, 0.0).max()))
+        return spoiled, widest
 
     def _opened(self) -> Decoder:
         with self._lock:
@@ -159,13 +152,12 @@ def _index(
             return
 
 
-def _spoiled(logits: torch.Tensor) -> torch.Tensor:
-    """Find rows with NaN, +inf, or nothing but -inf."""
-    is_bad = (logits.isnan() | logits.isposinf()).any(dim=1) | logits.isneginf().all(dim=1)
-    return is_bad.nonzero()[:, 0]
-
-
-def _spans(logits: torch.Tensor) -> torch.Tensor:
-    """Give largest less smallest finite logit of each row."""
-    lowest = logits.masked_fill(logits.isneginf(), torch.inf).amin(dim=1)
-    return (logits.amax(dim=1) - lowest).nan_to_num(0.0, 0.0, 0.0)
+def _too_wide(widest: float, record: Record) -> Iterator[str]:
+    if record.certificate.max_error_range is None:
+        return
+    span = record.max_logit - record.min_logit
+    if widest > (span + record.certificate.max_error_range) * (1 + _SPAN_ROUNDING) + 1e-6:
+        yield (
+            f"says that logits lie from {record.min_logit:g} to {record.max_logit:g} and are off by up to "
+            f"{record.certificate.max_error_range:g}; a decoded row spans {widest:g}"
+        )

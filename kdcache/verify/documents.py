@@ -18,6 +18,7 @@ from kdcache.documents import (
 from kdcache.errors import KdcacheError
 from kdcache.store import CacheStore, layout
 from kdcache.store.files import CacheFiles
+from kdcache.store.index_files import damaged_parts
 from kdcache.store.nodes import expected_nodes, index_keys, root_differences
 from kdcache.transfer_set import transfer_set_digest
 from kdcache.verify.findings import Finding, Level, kind_of_error
@@ -230,9 +231,11 @@ def _examples_of_plan(standing: Standing) -> Iterator[Finding]:
     except KdcacheError as error:
         yield finding(store, layout.EXAMPLES, plain_text(error), kind_of_error(error, is_there=True))
         return
-    digests = None if table.input_digests is None else table.input_digests
-    found = transfer_set_digest(table.example_ids, table.num_rows, table.labels, digests)
+    found = transfer_set_digest(table.example_ids, table.num_rows, table.labels, table.input_digests)
     expected = standing.cache.transfer_set_digest
     if found != expected:
         what = f"holds a transfer set of digest {found}, the cache's is {expected}"
         yield finding(store, layout.EXAMPLES, what, "contradicts", expected=expected, found=found)
+        return
+    for key, what in damaged_parts(CacheFiles(store.objects), table):
+        yield finding(store, key, what.split(". Nothing was changed")[0], "altered")

@@ -27,7 +27,7 @@ DECODING_THREADS = max(1, min(4, os.cpu_count() or 1))
 """Shards that are decoded at once: each takes its codes and a block of logits."""
 READ_BYTES = 4 * 2**20
 """What is read of a shard at a time to digest it. A level of digests takes `NUM_THREADS` times this from a local disk;
-a deep one takes `DECODING_THREADS` times a shard, stored and decoded to codes, and 8 MiB of logits."""
+a deep one takes `DECODING_THREADS` times a shard, stored and decoded to codes, and a MiB of logits."""
 
 
 @dataclass(frozen=True)
