@@ -1,17 +1,20 @@
 """Mending: what a plan says, in an order that leaves no cache that reads wrong, wherever it stops.
 
-The steps, and what a process that dies after each leaves behind. From every one, the same repair, run again, goes on.
+The steps, and what a process that dies within or after each leaves behind. From every one, the same repair, run again,
+goes on.
 
-1. complete.json is taken away, where it vouches for anything that is dropped, missing or written with other bytes.
+1. Files that follow from others are written while complete.json still vouches for what they must be, each in place of
+   the damaged one, whole or not at all; the parts of the id index are first taken away. *Left:* some are written,
+   others are not. Readers are where they were; a reader of the index gets an error.
+2. Parameters are written, if the fit gave the very ones that the teacher's document names; the example table, if the
+   transfer set gives the very bytes. *Left:* some are written.
+3. complete.json is taken away, where it vouches for anything that is dropped, missing or written with other bytes.
    *Left:* an unfinished cache. Readers refuse it; those that had it open read right rows, or an error from what is bad.
-2. Bad records are taken away. *Left:* shards without records, as a stopped build leaves them. A bad one among them that
+4. Bad records are taken away. *Left:* shards without records, as a stopped build leaves them. A bad one among them that
    cannot be decoded is dropped by the next repair; one that can, such as another shard's bytes, is held against the
    teacher's logits by the build, which refuses or certifies it anew.
-3. Bad shards are taken away. *Left:* an unfinished cache of sound shards. `kdcache build JOB` goes on, too.
-4. Files that follow from others are written, each in place of the damaged one, whole or not at all; the parts of the id
-   index are first taken away. *Left:* some are written, others are not; a reader of the index gets an error.
-5. Parameters are written, if the fit gave the very ones that the teacher's document names. *Left:* some are written.
-6. The example table is written from the transfer set. *Left:* as after step 5.
+5. Bad shards are taken away. *Left:* an unfinished cache of sound shards. `kdcache build JOB` goes on, too.
+6. An example table of other bytes, as another release of Arrow writes it, is written. *Left:* as after step 5.
 7. What is missing is built, by the ordinary way of a build. *Left:* what a stopped build leaves.
 8. complete.json is written from the records, last.
 
@@ -67,6 +70,11 @@ class Mending:
     def steps(self) -> Iterator[Action]:
         """Do steps 1 to 6, and give what was done, in order."""
         table = self._table()
+        is_same = table is not None and not self._is_other_table(table)
+        yield from self._write_derived(has_table=table is not None)
+        yield from self._fit()
+        if table is not None and is_same:
+            yield from self._write_examples(table)
         if self._drops_completion(table):
             yield self._drop(layout.COMPLETE, "it vouches for what is dropped, missing or written with other bytes")
         for key, item in self.plan.drop_records.items():
@@ -74,20 +82,9 @@ class Mending:
                 yield self._drop_if(key, item, self._is_record_bad)
         for key, item in self.plan.drop_shards.items():
             yield self._drop_if(key, item, self._is_shard_bad)
-        yield from self._write_derived(has_table=table is not None)
-        yield from self._fit()
-        if table is not None and self.plan.examples is not None:
-            self._replace(layout.EXAMPLES, table)
-            yield Action("write", layout.EXAMPLES, self.plan.examples.what)
-            if any(key.startswith(layout.INDEX) for key in self.plan.write):
-                yield self._write_index()
-        elif self.plan.examples is not None:
-            then = "run the repair with the cache's job file, or with transfer_set=..., which makes it anew"
-            yield Action("build", layout.EXAMPLES, self.plan.examples.what, then)
-        for item in self.plan.cannot:
-            yield Action("cannot", item.key, item.what, self._by_hand(item))
-        for item in self.plan.build:
-            yield Action("build", item.key, item.what)
+        if table is not None and not is_same:
+            yield from self._write_examples(table)
+        yield from self._left()
 
     def finish(self) -> bool:
         """Write complete.json from the records, for the newest plan all of whose shards are done; True if one is."""
@@ -110,6 +107,16 @@ class Mending:
                 count += would_go or self.standing.store.objects.size(key) is None
         return count
 
+    def _left(self) -> Iterator[Action]:
+        """Name what is not mended here."""
+        if self.plan.examples is not None and not self.origin.has_transfer_set:
+            then = "run the repair with the cache's job file, or with transfer_set=..., which makes it anew"
+            yield Action("build", layout.EXAMPLES, self.plan.examples.what, then)
+        for item in self.plan.cannot:
+            yield Action("cannot", item.key, item.what, self._by_hand(item))
+        for item in self.plan.build:
+            yield Action("build", item.key, item.what)
+
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def _table(self) -> bytes | None:
@@ -117,14 +124,24 @@ class Mending:
             return None
         return self.origin.table(self.standing.cache).to_parquet()
 
+    def _is_other_table(self, table: bytes) -> bool:
+        """Tell whether a table made anew has other bytes than complete.json names."""
+        complete = self.standing.complete
+        return complete is not None and hashlib.sha256(table).hexdigest() != complete.examples_sha256
+
+    def _write_examples(self, table: bytes) -> Iterator[Action]:
+        self._replace(layout.EXAMPLES, table)
+        yield Action("write", layout.EXAMPLES, self.plan.examples.what if self.plan.examples else "")
+        if any(key.startswith(layout.INDEX) for key in self.plan.write):
+            yield self._write_index()
+
     def _drops_completion(self, table: bytes | None) -> bool:
         store, complete = self.standing.store, self.standing.complete
         if store.objects.size(layout.COMPLETE) is None:
             return False
         if complete is None:  # it cannot be read
             return True
-        is_other_table = table is not None and _sha256(table) != complete.examples_sha256
-        return is_other_table or self.plan.drops_from(self.standing.completed)
+        return (table is not None and self._is_other_table(table)) or self.plan.drops_from(self.standing.completed)
 
     def _drop(self, key: str, why: str) -> Action:
         if not self.is_dry_run:
@@ -266,10 +283,6 @@ class Mending:
         if item.teacher is not None and item.key.startswith(layout.TEACHERS):
             return _build_teacher_anew(item.teacher)
         return item.remedy
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _build_teacher_anew(name: str) -> str:

@@ -104,7 +104,8 @@ def repair_cache(
     plan = plan_repair(standing, found.findings, proposed=origin.proposed_plan() if needs_plan else None)
     mending = Mending(standing, plan, origin, is_dry_run=dry_run)
     actions = list(mending.steps())
-    if _is_to_finish(mending):
+    is_blocked = any(action.verb == "cannot" or (action.verb == "build" and action.then) for action in actions)
+    if not is_blocked and _is_to_finish(mending):  # complete.json must not vouch for what is still damaged
         actions += _finished(mending, on_progress)
     return _report(mending, found, actions)
 
@@ -128,7 +129,7 @@ def _has_other_index(mending: Mending) -> bool:
 def _finished(mending: Mending, on_progress: Callable[[BuildProgress], None] | None) -> list[Action]:
     if not mending.missing_shards() and mending.finish():
         return [Action("write", layout.COMPLETE, "it follows from the records")]
-    if not mending.origin.has_teachers or mending.plan.cannot or mending.is_dry_run:
+    if not mending.origin.has_teachers or mending.is_dry_run:
         return []
     count = mending.missing_shards()
     mending.origin.build(on_progress)

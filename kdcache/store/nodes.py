@@ -69,8 +69,9 @@ def consolidated_root(files: CacheFiles, cache_document: CacheDocument, nodes: N
     told = gathered_metadata(files)
     chosen = {path: told[path] if told.get(path) in accepted else accepted[0] for path, accepted in nodes.items()}
     plain = arrays.group_metadata({ATTRIBUTE: cache_document.to_mapping()})
-    others = {path: metadata for path, metadata in files.read_nodes() if path in told and path not in nodes}
-    return arrays.consolidated_metadata(plain, {**others, **chosen})
+    others = {path: _standing(files, path, copy) for path, copy in told.items() if path not in nodes}
+    found = {path: metadata for path, metadata in others.items() if metadata is not None}
+    return arrays.consolidated_metadata(plain, {**found, **chosen})
 
 
 def gathered_metadata(files: CacheFiles) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def root_differences(files: CacheFiles, cache_document: CacheDocument, nodes: No
     Raises
     ------
     CorruptCacheError
-        The metadata of a group or array cannot be read.
+        The root cannot be read.
     """
     root = files.read_json(files.place(layout.ROOT)) or {}
     expected = consolidated_root(files, cache_document, nodes)
@@ -102,6 +103,14 @@ def index_keys(cache_document: CacheDocument) -> tuple[str, ...]:
     nodes = (layout.INDEX, layout.INDEX_ENTRIES, layout.INDEX_FENCES)
     chunks = [layout.chunk_key(layout.INDEX_ENTRIES, (shard, 0)) for shard in range(num_shards)]
     return (*map(layout.metadata_key, nodes), *chunks, layout.chunk_key(layout.INDEX_FENCES, (0, 0)))
+
+
+def _standing(files: CacheFiles, path: str, copy: Metadata) -> Metadata | None:
+    """Read a node's metadata; the copy where they cannot be read, None where they are gone."""
+    try:
+        return files.read_json(files.place(layout.metadata_key(path)))
+    except CorruptCacheError:
+        return copy
 
 
 def _index_nodes(cache_document: CacheDocument) -> dict[str, tuple[Metadata, ...]]:
