@@ -87,11 +87,16 @@ class Mending:
         yield from self._left()
 
     def finish(self) -> bool:
-        """Write complete.json from the records, for the newest plan all of whose shards are done; True if one is."""
-        store = self.standing.store
+        """Write complete.json from the records if all shards of a plan are done; True if they are.
+
+        The plan is the newest, or the one that complete.json named: an older one would take teachers out of the cache.
+        """
+        store, complete = self.standing.store, self.standing.complete
         plans = dict(self.standing.plans) | self.plan.plans
-        for index, plan in sorted(plans.items(), reverse=True):
-            if self._is_done(plan):
+        named = () if complete is None else (complete.plan_index,)
+        for index in dict.fromkeys((max(plans, default=-1), *named)):
+            plan = plans.get(index)
+            if plan is not None and self._is_done(plan):
                 if not self.is_dry_run:
                     finalise(store, index, plan)
                 return True

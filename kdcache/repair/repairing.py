@@ -127,7 +127,7 @@ def _has_other_index(mending: Mending) -> bool:
 
 
 def _finished(mending: Mending, on_progress: Callable[[BuildProgress], None] | None) -> list[Action]:
-    if not mending.missing_shards() and mending.finish():
+    if mending.finish():
         return [Action("write", layout.COMPLETE, "it follows from the records")]
     if not mending.origin.has_teachers or mending.is_dry_run:
         return []

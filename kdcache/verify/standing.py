@@ -112,6 +112,8 @@ def _cache(store: CacheStore, plans: Mapping[int, PlanDocument], findings: list[
         if not plans:
             raise
         kind = kind_of_error(error, is_there=not isinstance(error, CacheNotFoundError))
+        if kind == "missing" and all(key.startswith(f"{layout.PLANS}/") for key in store.objects.list("")):
+            return plans[max(plans)].cache  # a build stopped just after it had written its plan
         what = "the file is missing" if kind == "missing" else plain_text(error)
         findings.append(finding(store, layout.ROOT, what, kind))
         return plans[max(plans)].cache

@@ -20,6 +20,7 @@ CODES = Codes(spacing="uniform")
 SHARD, RECORD = "teachers/a/codes/c/1/0", "commits/a/1.json"
 NEED_TEACHER = ["teachers/a/codes/c/1/0", "teachers/b/codes/c/2/0", "commits/a/0.json", "commits/b/2.json"]
 PARAMETERS = ["teachers/a/PARAMETERS/codebook/c/0", "teachers/a/PARAMETERS/coefficients/c/0"]
+DAMAGE = [flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (lose, cut))]
 DERIVED = [name for name in FILES if name not in (*NEED_TEACHER, *PARAMETERS, "examples.parquet")]
 
 
@@ -49,7 +50,7 @@ def done(report):
 # With the teachers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", [lose, cut, flip])
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
 def test_any_damaged_file_comes_back_as_it_was(folder, built, name, damage):
     damage(place(folder, name))
@@ -166,7 +167,7 @@ def test_parameters_that_another_fit_would_replace_are_never_written(folder):
 # Without the teachers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", [lose, cut, flip])
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", DERIVED)
 def test_what_follows_from_other_files_needs_no_teacher(folder, built, name, damage):
     damage(place(folder, name))
@@ -233,6 +234,22 @@ def test_files_beyond_the_layout_are_dropped_and_the_cache_stays_complete(folder
     report = repair_cache(folder)
     assert (report.is_complete, report.command) == (True, None)
     assert files_of(folder) == files_of(built)
+
+
+def test_where_a_later_teacher_lost_a_shard_the_earlier_ones_are_not_made_a_cache_by_themselves(folder):
+    flip(folder / "teachers/b/codes/c/0/0")
+    repair_cache(folder)
+    repair_cache(folder)
+    assert not (folder / "complete.json").exists()
+
+
+def test_a_completion_is_written_anew_while_a_teacher_is_being_added(folder):
+    before = (folder / "complete.json").read_bytes()
+    build_tiny(folder, teachers=tiny_teachers(3), codec=CODES, add_teachers=True)
+    (folder / "complete.json").write_bytes(before.replace(b'"data_digest"', b'"data_digest" ', 1))
+    lose(folder / "commits/c/0.json")
+    assert done(repair_cache(folder)) == [("write", "complete.json")]
+    assert (folder / "complete.json").read_bytes() == before
 
 
 def test_foreign_files_are_left_alone(folder):
