@@ -25,6 +25,7 @@ __all__ = [
     "errors",
     "open_cache",
     "plan_cache",
+    "repair_cache",
     "verify_cache",
 ]
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kdcache.cache import SoftTargetCache, open_cache
     from kdcache.documents import Codes, Lossless, RateTarget, Spectral, TopK
     from kdcache.losses import DistillationLoss, distillation_loss
+    from kdcache.repair import repair_cache
     from kdcache.soft_targets import SoftTargets
     from kdcache.stream import SoftTargetLoader
     from kdcache.transfer_set import TransferSet, Views
@@ -61,6 +63,7 @@ _HOMES = {
     "distillation_loss": "losses",
     "open_cache": "cache",
     "plan_cache": "build",
+    "repair_cache": "repair",
     "verify_cache": "verify",
 }
 

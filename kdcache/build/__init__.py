@@ -9,15 +9,19 @@ from __future__ import annotations
 __all__ = [
     "BuildProgress",
     "CacheStatus",
+    "Comparison",
     "Forecast",
     "ModuleTeacher",
     "SourcedTeacher",
     "Teacher",
+    "TeacherComparison",
     "TeacherForecast",
     "TeacherStatus",
     "TeacherWithHead",
     "build_cache",
     "build_job",
+    "compare_job",
+    "compare_with_teachers",
     "plan_cache",
     "plan_job",
     "read_status",
@@ -25,6 +29,7 @@ __all__ = [
 ]
 
 from kdcache.build.builder import BuildProgress, build_cache, plan_cache
+from kdcache.build.comparison import Comparison, TeacherComparison, compare_job, compare_with_teachers
 from kdcache.build.headed import TeacherWithHead
 from kdcache.build.job import build_job, plan_job
 from kdcache.build.pilot import Forecast, TeacherForecast

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BuildProgress", "build_cache", "plan_cache"]
+__all__ = ["BuildProgress", "build_cache", "example_table", "plan_cache"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,18 +218,21 @@ def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgr
     if not store.publish_plan(draft.plan_index, plan):
         refuse_other_plan(store.plans()[draft.plan_index], plan)
     store.write_root(plan.cache)
-    transfer_set = draft.work.transfer_set
-    table = ExampleTable(
-        example_ids=transfer_set.example_ids,
-        first_row=draft.work.row_map.first_row[:-1],
-        num_rows=transfer_set.num_rows,
-        labels=transfer_set.labels,
-        input_digests=transfer_set.input_digests,
-    )
+    table = example_table(draft.work.transfer_set)
     store.write_examples(table)
     store.write_index(table)
     for stored in draft.work.teachers:
         _publish_teacher(draft, stored, pilots.get(stored.name))
+
+
+def example_table(transfer_set: TransferSet) -> ExampleTable:
+    """Make the table of a transfer set's examples that a cache keeps."""
+    return ExampleTable.make(
+        transfer_set.example_ids,
+        num_rows=transfer_set.num_rows,
+        labels=transfer_set.labels,
+        input_digests=transfer_set.input_digests,
+    )
 
 
 def _publish_teacher(draft: Draft, stored: StoredTeacher, pilot: Pilot | None) -> None:

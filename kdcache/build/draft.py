@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "as_codec", "make_draft"]
+__all__ = ["Address", "Draft", "PlanOptions", "Teachers", "as_codec", "as_teachers", "make_draft", "propose_plan"]
 
 import math
 import operator
@@ -118,7 +118,7 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
             f"the transfer set is a {type(transfer_set).__qualname__}; wrap it: kdcache.TransferSet(dataset, "
             "example_ids=...), .from_arrays(...) or .from_table(...). Nothing was written"
         )
-    members = _as_teachers(teachers, device=options.device, autocast=options.autocast)
+    members = as_teachers(teachers, device=options.device, autocast=options.autocast)
     if Path(address).is_file():
         raise CacheExistsError(f"{address} is a file; a cache is a folder. Nothing was written; give another address")
     store = CacheStore.at(address)
@@ -128,7 +128,7 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
         raise CacheExistsError(
             f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"
         )
-    proposed = _propose(transfer_set, members, plans, options)
+    proposed = propose_plan(transfer_set, members, plans, options)
     plan, plan_index = _choose_plan(plans, proposed, add_teachers=options.add_teachers)
     folders = dict.fromkeys(str(member.folder) for member in members if isinstance(member, SourcedTeacher))
     work = Work(
@@ -188,10 +188,16 @@ def _as_count(name: str, value: int, *, least: int) -> int:
     return count
 
 
-def _propose(
+def propose_plan(
     transfer_set: TransferSet, members: Sequence[Teacher], plans: Sequence[PlanDocument], options: PlanOptions
 ) -> PlanDocument:
-    """Plan what is asked for; what is left out is as in the standing plan, where there is one."""
+    """Plan what is asked for; what is left out is as in the standing plan, where there is one.
+
+    Raises
+    ------
+    DocumentError, TransferSetError
+        The options contradict each other, or the transfer set is malformed.
+    """
     keeps_chunk_rows = options.chunk_rows is not None
     if plans:
         keeps_chunk_rows |= plans[-1].keeps_chunk_rows is not None
@@ -245,7 +251,14 @@ def _stored_teachers(plan: PlanDocument, members: Sequence[Teacher]) -> tuple[St
     return (StoredTeacher(MERGED_NAME, merged, tuple(member.fingerprint for member in members)),)
 
 
-def _as_teachers(teachers: Teachers, *, device: str, autocast: Autocast) -> tuple[Teacher, ...]:
+def as_teachers(teachers: Teachers, *, device: str, autocast: Autocast) -> tuple[Teacher, ...]:
+    """Give teachers that run, in order.
+
+    Raises
+    ------
+    JobError
+        There is none, or one is neither a module nor a teacher, or has another name than the one it is given under.
+    """
     if isinstance(teachers, nn.Module) or callable(getattr(teachers, "running", None)):
         raise JobError(
             f"teachers is one {type(teachers).__qualname__}; give it under a name: teachers={{'name': module}}. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["build_job", "plan_job"]
+__all__ = ["build_job", "job_options", "plan_job"]
 
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +49,7 @@ def build_job(
     KdcacheError
         As `build_cache`.
     """
-    options = _options(loaded, executor)
+    options = job_options(loaded, executor)
     return build_cache(**options, add_teachers=add_teachers, on_progress=on_progress)
 
 
@@ -75,13 +75,20 @@ def plan_job(
     KdcacheError
         Whatever would stop the build at its start.
     """
-    options = _options(loaded, executor)
+    options = job_options(loaded, executor)
     if max_kl is not None or bytes_per_row is not None:
         options |= {"codec": None, "max_kl": max_kl, "bytes_per_row": bytes_per_row}
     return plan_cache(**options, add_teachers=add_teachers)
 
 
-def _options(loaded: LoadedJob, executor: ExecutorSpec | Executor | None) -> dict[str, Any]:
+def job_options(loaded: LoadedJob, executor: ExecutorSpec | Executor | None = None) -> dict[str, Any]:
+    """Give the arguments of `build_cache` that a job file says.
+
+    Raises
+    ------
+    JobError
+        The job names no teachers, or its transfer set's factory gives something else.
+    """
     job = loaded.job
     if not job.teachers:
         raise JobError(f"job {job.name!r} names no teachers, so there is nothing to build; add [[teachers]] to it")

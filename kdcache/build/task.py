@@ -342,7 +342,7 @@ def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> l
     if bad:
         raise CorruptCacheError(
             f"cache {store.address}: teacher {teacher!r} has {len(bad)} shard(s) that no longer match their records: "
-            f"{bad[:10]}. Nothing was changed. See them all with `kdcache verify {store.address}`; delete the files of "
-            "those shards and their records, and run the same command again: only they are built anew"
+            f"{bad[:10]}. Nothing was changed. See them all with `kdcache verify {store.address}`; `kdcache repair "
+            f"JOB`, or `kdcache repair {store.address}` and then the same build, drops them and builds only them anew"
         )
     return missing

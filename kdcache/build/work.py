@@ -94,7 +94,9 @@ class Work:
         store = CacheStore.at(self.address)
         document = store.teacher(name)
         if document is None:
-            raise KdcacheError(f"cache {self.address}: the document of teacher {name!r} is gone; run the build again")
+            raise KdcacheError(
+                f"cache {self.address}: the document of teacher {name!r} is gone; run `kdcache repair {self.address}`"
+            )
         destination = Destination.open(store, self.plan.cache, document)
         kept = self.pilot.get(name)
         with self.stored_teacher(name).running(document.codec) as (run, head):

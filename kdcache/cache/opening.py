@@ -68,7 +68,8 @@ def open_cache(
         raise CorruptCacheError(
             f"cache {store.address}: {', '.join(missing)} is missing, which complete.json names; an ensemble without a "
             "member would give other soft targets. Nothing was changed. "
-            f"Run `kdcache verify {store.address}` to see all damage; bring the files back, or build the cache anew"
+            f"Run `kdcache verify {store.address}` to see all damage; `kdcache repair {store.address}` brings the "
+            "files back where the root's copies of them are whole"
         )
     cache = SoftTargetCache(store, document, complete, teachers)
     return cache if local_cache is None else _kept_locally(cache, local_cache, local_cache_bytes)

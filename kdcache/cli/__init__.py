@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kdcache import __version__
-from kdcache.cli import build, inspect, train
+from kdcache.cli import build, inspect, repair, train, verify
 from kdcache.cli.output import INTERRUPTED, exit_code_of, print_error
 from kdcache.errors import KdcacheError
 
@@ -59,7 +59,8 @@ def _add(name: str, command: Callable[..., None]) -> None:
 _add("plan", build.plan)
 _add("build", build.build)
 _add("status", inspect.status)
-_add("verify", inspect.verify)
+_add("verify", verify.verify)
+_add("repair", repair.repair)
 _add("info", inspect.info)
 _add("train", train.train)
 

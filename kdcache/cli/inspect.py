@@ -1,8 +1,8 @@
-"""`kdcache status`, `kdcache verify` and `kdcache info`: they change nothing."""
+"""`kdcache status` and `kdcache info`: they change nothing."""
 
 from __future__ import annotations
 
-__all__ = ["info", "status", "verify"]
+__all__ = ["Target", "info", "status"]
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,20 +17,17 @@ from kdcache.build import read_status
 from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.certificate import Certificate
 from kdcache.cli.output import (
-    CORRUPT,
     INCOMPLETE,
     Json,
     address_of,
     console,
     print_json,
-    progress_bar,
     readable_bytes,
     say,
     sizes_as_json,
     stored_sizes,
 )
 from kdcache.documents import TopK, codec_in_full
-from kdcache.verify import verify_cache
 
 _COLUMNS = (
     ("mean\nKL", "mean_kl"),
@@ -70,34 +67,6 @@ def status(cache: Target, json: Json = False) -> None:
         said = "is complete" if found.is_complete else "is not complete; run its build again"
         say(f"{escape(found.address)} {said}")
     if not found.is_complete:
-        raise typer.Exit(INCOMPLETE)
-
-
-def verify(cache: Target, json: Json = False) -> None:
-    """Hold every stored file against its digest. Exit code 4 where something is wrong, 3 where it is incomplete."""
-    with progress_bar("shards") as show:
-        report = verify_cache(address_of(cache), on_progress=lambda done, total: show("verifying", done, total))
-    if json:
-        print_json(
-            {
-                "address": report.address,
-                "is_complete": report.is_complete,
-                "is_sound": report.is_sound,
-                "num_shards": report.num_shards,
-                "num_bytes": report.num_bytes,
-                "findings": [dataclasses.asdict(finding) for finding in report.findings],
-            }
-        )
-    else:
-        for finding in report.findings:
-            say(f"[red]{escape(finding.where)}[/red]: {escape(finding.what)}")
-        said = "nothing wrong" if report.is_sound else f"{len(report.findings)} finding(s)"
-        say(f"{escape(report.address)}: {report.num_shards:,} shards, {readable_bytes(report.num_bytes)}: {said}")
-        if not report.is_complete:
-            say("the cache is not complete: shards that are still to be built were not looked for")
-    if not report.is_sound:
-        raise typer.Exit(CORRUPT)
-    if not report.is_complete:
         raise typer.Exit(INCOMPLETE)
 
 

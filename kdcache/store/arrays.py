@@ -10,6 +10,7 @@ __all__ = [
     "group_metadata",
     "sharded_array_metadata",
     "small_array_bytes",
+    "small_array_codecs",
     "small_array_metadata",
     "to_json",
 ]
@@ -84,9 +85,14 @@ def small_array_metadata(array: npt.NDArray[Any], *, dimension_names: Sequence[s
         dtype=dtype,
         chunk_shape=[max(1, length) for length in array.shape],
         fill=0,
-        codecs=[bytes_codec(dtype), {"name": "crc32c"}],
+        codecs=small_array_codecs(dtype),
         dimension_names=dimension_names,
     )
+
+
+def small_array_codecs(dtype: str) -> list[dict[str, Any]]:
+    """Give the codecs of an array that is kept as one chunk with a checksum."""
+    return [bytes_codec(dtype), {"name": "crc32c"}]
 
 
 def small_array_bytes(array: npt.NDArray[Any]) -> bytes:

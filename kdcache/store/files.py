@@ -137,11 +137,12 @@ class CacheFiles:
 
     def place(self, key: str) -> Place:
         """Give the place of a file with no remedy of its own."""
-        return Place(self.address, key, f"Run `kdcache verify {self.address}` to see all damage.")
+        remedy = f"{self._see_all}; `kdcache repair {self.address}` mends what follows from other files."
+        return Place(self.address, key, remedy)
 
     def index_place(self, key: str) -> Place:
         """Give the place of a file of the id index."""
-        remedy = f"Delete the folder {layout.INDEX} and run the build again: it makes the index anew from the examples."
+        remedy = f"Run `kdcache repair {self.address}`: it makes the index anew from the examples."
         return Place(self.address, key, remedy)
 
     def parameter_place(self, key: str) -> Place:
@@ -151,8 +152,8 @@ class CacheFiles:
     def teacher_place(self, key: str, name: str) -> Place:
         """Give the place of a file that a teacher's shards depend on."""
         remedy = (
-            f"Run `kdcache verify {self.address}` to see all damage. Where this file cannot be brought back, delete "
-            f"{layout.teacher_group(name)} and {layout.records_folder(name)} and run the build again."
+            f"{self._see_all}; `kdcache repair {self.address}` mends it where other files tell what it was, `kdcache "
+            f"repair JOB`, with the cache's job file, where teacher {name!r} must be fitted again."
         )
         return Place(self.address, key, remedy)
 
@@ -162,12 +163,15 @@ class CacheFiles:
 
     def shard_place(self, name: str, shard_index: int) -> Place:
         """Give the place of a teacher's shard."""
-        key = layout.shard_key(name, shard_index)
         remedy = (
-            f"Run `kdcache verify {self.address}` to see all damage; then delete {key} and "
-            f"{layout.record_key(name, shard_index)} and run the build again: it makes this shard anew."
+            f"{self._see_all}; `kdcache repair JOB`, with the cache's job file, drops this shard and its record and "
+            f"builds them anew; `kdcache repair {self.address}` drops them alone."
         )
-        return Place(self.address, key, remedy)
+        return Place(self.address, layout.shard_key(name, shard_index), remedy)
+
+    @property
+    def _see_all(self) -> str:
+        return f"Run `kdcache verify {self.address}` to see all damage"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ __all__ = [
     "INDEX_FENCES",
     "METADATA",
     "PLANS",
+    "RECORDS",
     "ROOT",
     "TEACHERS",
     "chunk_key",
@@ -30,6 +31,8 @@ ROOT = METADATA
 PLANS = "plans"
 EXAMPLES = "examples.parquet"
 COMPLETE = "complete.json"
+RECORDS = "commits"
+"""Folder of all teachers' records."""
 TEACHERS = "teachers"
 CODES = "codes"
 """Name of a teacher's array of stored codes."""
@@ -67,7 +70,7 @@ def shard_key(name: str, shard_index: int) -> str:
 
 def records_folder(name: str) -> str:
     """Give the folder of one teacher's records."""
-    return f"commits/{name}"
+    return f"{RECORDS}/{name}"
 
 
 def record_key(name: str, shard_index: int) -> str:

@@ -241,9 +241,9 @@ class CacheStore:
         """
         publish_index(self._files, table)
 
-    def index_digest(self) -> str:
-        """Digest over the files of the id index: SHA-256 over each key, its size and its bytes, keys ascending."""
-        return index_digest(self._files)
+    def index_digest(self, keys: Sequence[str] | None = None) -> str:
+        """Digest over the files of the id index, or `keys` alone: SHA-256 over key, size and bytes, keys ascending."""
+        return index_digest(self._files, keys)
 
     def fences_sha256(self) -> str:
         """Digest of the id index's fences, which name the checksums of all its other chunks."""
@@ -437,23 +437,6 @@ class CacheStore:
         Stores other than local folders publish without partial files: nothing is done there.
         """
         return self._objects.remove_stale_partials() if isinstance(self._objects, LocalObjects) else 0
-
-    def root_differences(self) -> list[str]:
-        """Say in which ways the root group is not what follows from the cache document and the nodes below it.
-
-        What a teacher that is being added has written already is not missed: it is consolidated when it is complete.
-
-        Raises
-        ------
-        DocumentError
-            The metadata of a group or array cannot be read.
-        """
-        root = self._files.read_json(self._files.place(layout.ROOT)) or {}
-        told = (root.get("consolidated_metadata") or {}).get("metadata") or {}
-        nodes = {path: metadata for path, metadata in self._files.read_nodes() if path in told}
-        plain = arrays.group_metadata({ATTRIBUTE: self.cache_document().to_mapping()})
-        expected = arrays.consolidated_metadata(plain, nodes)
-        return [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, root)]
 
     def zarr_group(self) -> zarr.Group:
         """Open the cache read-only with zarr-python, through its consolidated metadata."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "accepted_codes_metadata",
     "check_codes",
     "codec_shard_spec",
     "codes_metadata",
@@ -116,6 +117,20 @@ def codes_metadata(teacher_document: TeacherDocument, cache_document: CacheDocum
     return arrays.sharded_array_metadata(cache_document.num_shards, spec, dimension_names=_DIMENSIONS)
 
 
+def accepted_codes_metadata(
+    teacher_document: TeacherDocument, cache_document: CacheDocument
+) -> tuple[dict[str, Any], ...]:
+    """Give the metadata that may stand for a teacher's array: what this release writes, then what earlier ones wrote.
+
+    Raises
+    ------
+    ShapeError
+        The documents ask for a chunk that cannot be stored.
+    """
+    spec = shard_spec(teacher_document, cache_document)
+    return (codes_metadata(teacher_document, cache_document), *_earlier_metadata(spec, cache_document))
+
+
 def check_codes(
     root: zarr.Group, teacher_document: TeacherDocument, cache_document: CacheDocument, *, place: Place
 ) -> None:
@@ -188,13 +203,13 @@ def open_codes(
     """
     name = teacher_document.name
     spec = shard_spec(teacher_document, cache_document)
-    expected = codes_metadata(teacher_document, cache_document)
+    accepted = accepted_codes_metadata(teacher_document, cache_document)
     place = files.teacher_place(layout.metadata_key(f"{layout.teacher_group(name)}/{layout.CODES}"), name)
     standing = files.read_json(place)
     if standing is None:
         raise place.corrupt("the file is missing")
-    if standing != expected and standing not in _earlier_metadata(spec, cache_document):
-        told = [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(expected, standing)]
+    if standing not in accepted:
+        told = [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(accepted[0], standing)]
         raise place.corrupt(f"the array is not as the documents say ({'; '.join(told[:3])})")
     place_of = functools.partial(files.shard_place, name)
     expected_of = None if record_of is None else functools.partial(_expected, files, name, spec, record_of)

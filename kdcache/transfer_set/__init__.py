@@ -6,8 +6,8 @@ An *input digest* identifies an example's input before any view, so that trainin
 
 from __future__ import annotations
 
-__all__ = ["TransferSet", "Views", "input_digest", "view_generator"]
+__all__ = ["TransferSet", "Views", "input_digest", "transfer_set_digest", "view_generator"]
 
 from kdcache.transfer_set.core import TransferSet
-from kdcache.transfer_set.digests import input_digest
+from kdcache.transfer_set.digests import input_digest, transfer_set_digest
 from kdcache.transfer_set.views import Views, view_generator

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["TransferSet"]
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
-from kdcache.transfer_set.digests import DIGEST_BYTES, input_digest, row_digests
+from kdcache.transfer_set.digests import DIGEST_BYTES, input_digest, row_digests, transfer_set_digest
 from kdcache.transfer_set.sources import ArraySource, DatasetSource, ListSource, Source, TableSource, open_table
 from kdcache.transfer_set.views import Views, view_generator
 
@@ -218,24 +217,7 @@ class TransferSet:
 
     def digest(self) -> str:
         """SHA-256 over ids, row counts, labels and input digests: another transfer set has another one."""
-        hasher = hashlib.sha256(b"kdcache transfer set 1\n")
-        for name, array in self._identity():
-            hasher.update(name.encode() + b"\n")
-            if array is not None:
-                hasher.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-        return hasher.hexdigest()
-
-    def _identity(self) -> Iterable[tuple[str, np.ndarray | None]]:
-        ids = self.example_ids
-        if ids.dtype == np.int64:
-            yield "int64", ids.astype("<i8")
-        else:
-            texts = [text.encode() for text in ids]
-            yield "string lengths", np.array([len(text) for text in texts], "<i8")
-            yield "string", np.frombuffer(b"".join(texts), np.uint8)
-        yield "num_rows", self.num_rows.astype("<i4")
-        yield "labels", None if self.labels is None else self.labels.astype("<i8")
-        yield "input_digests", self.input_digests
+        return transfer_set_digest(self.example_ids, self.num_rows, self.labels, self.input_digests)
 
     def read_inputs(self, indices: Sequence[int] | np.ndarray, *, view_index: int = 0) -> Any:
         """Read the inputs of several examples as one batch.

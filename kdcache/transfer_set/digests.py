@@ -1,8 +1,8 @@
-"""Input digests: what an example's input is, independent of the container it came in."""
+"""Digests: what an example's input is, independent of the container it came in, and what a transfer set is."""
 
 from __future__ import annotations
 
-__all__ = ["DIGEST_BYTES", "input_digest", "row_digests"]
+__all__ = ["DIGEST_BYTES", "input_digest", "row_digests", "transfer_set_digest"]
 
 import hashlib
 import struct
@@ -62,6 +62,37 @@ def row_digests(values: np.ndarray | torch.Tensor) -> np.ndarray:
         hasher.update(row.data)
         digests[index] = np.frombuffer(hasher.digest(), np.uint8)
     return digests
+
+
+def transfer_set_digest(
+    example_ids: np.ndarray, num_rows: np.ndarray, labels: np.ndarray | None, input_digests: np.ndarray | None
+) -> str:
+    """SHA-256 over ids, row counts, labels and input digests, in row order.
+
+    Parameters
+    ----------
+    example_ids : ndarray [example] int64, or object of str
+    num_rows : ndarray [example] int
+    labels : ndarray [example] int, optional
+    input_digests : ndarray [example, 16] uint8, optional
+    """
+    hasher = hashlib.sha256(b"kdcache transfer set 1\n")
+    counts, classes = num_rows.astype("<i4"), None if labels is None else labels.astype("<i8")
+    parts = (("num_rows", counts), ("labels", classes), ("input_digests", input_digests))
+    for name, array in (*_ids_in_parts(example_ids), *parts):
+        hasher.update(name.encode() + b"\n")
+        if array is not None:
+            hasher.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return hasher.hexdigest()
+
+
+def _ids_in_parts(ids: np.ndarray) -> Iterator[tuple[str, np.ndarray | None]]:
+    if ids.dtype == np.int64:
+        yield "int64", ids.astype("<i8")
+        return
+    texts = [text.encode() for text in ids]
+    yield "string lengths", np.array([len(text) for text in texts], "<i8")
+    yield "string", np.frombuffer(b"".join(texts), np.uint8)
 
 
 def _parts(value: Any) -> Iterator[bytes]:

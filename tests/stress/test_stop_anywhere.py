@@ -14,7 +14,7 @@ from tiny_caches import Stop, StoppingObjects, build_tiny, files_of, tiny_teache
 
 import kdcache
 from kdcache import Codes, open_cache, verify_cache
-from kdcache.errors import KdcacheError
+from kdcache.errors import CacheNotFoundError, KdcacheError
 from kdcache.store import store as store_module
 
 OPTIONS = {"codec": Codes(spacing="uniform"), "num_pilot_rows": 12}
@@ -72,6 +72,15 @@ def test_a_stopped_build_never_opens_as_a_whole_cache(tmp_path, monkeypatch, at)
     build_until(tmp_path / "cache", monkeypatch, at, count=2)
     with pytest.raises(KdcacheError):
         open_cache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "at", [0, 1, 2, 4, 8, *(pytest.param(at, marks=pytest.mark.slow) for at in range(9, NUM_WRITES))]
+)
+def test_nothing_is_wrong_with_what_a_stopped_build_leaves(tmp_path, monkeypatch, at):
+    build_until(tmp_path / "cache", monkeypatch, at, count=2)
+    with contextlib.suppress(CacheNotFoundError):  # it stopped before its first write
+        assert verify_cache(tmp_path / "cache", level="deep").findings == ()
 
 
 def test_adding_a_teacher_has_as_many_writes_as_are_stopped_here(tmp_path, monkeypatch):

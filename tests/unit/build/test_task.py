@@ -380,7 +380,7 @@ def test_a_published_shard_that_is_damaged_stops_the_next_build_with_the_remedy(
     with pytest.raises(CorruptCacheError) as caught:
         build_tiny(finished, teachers={"a": TinyTeacher()}, codec=CODES)
     assert "no longer match their records" in str(caught.value)
-    assert f"kdcache verify {finished}`; delete the files of those shards and their records" in str(caught.value)
+    assert f"kdcache verify {finished}`; `kdcache repair JOB`" in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", [lose_a_shard, alter_a_shard, swap_two_shards])

@@ -554,7 +554,7 @@ def test_train_without_a_cache_ends_as_bad_input(job, run):
 # All commands ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["plan", "build", "status", "verify", "info", "train"])
+@pytest.mark.parametrize("command", ["plan", "build", "status", "verify", "repair", "info", "train"])
 def test_every_command_explains_itself(run, command):
     ended = run(command, "--help")
     assert (ended.code, f"kdcache {command}" in ended.out) == (0, True)

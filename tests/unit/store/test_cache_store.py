@@ -342,7 +342,7 @@ def test_metadata_of_a_parameter_that_a_stopped_build_left_damaged_are_never_vou
 def test_a_missing_parameter_is_corrupt_with_a_remedy(written):
     written.store.objects.delete(parameter_key(written))
     with pytest.raises(
-        CorruptCacheError, match=r"the file is missing.*delete teachers/a and commits/a and run the build"
+        CorruptCacheError, match=r"the file is missing.*`kdcache repair JOB`.*where teacher 'a' must be fitted again"
     ):
         written.store.parameters(written.teacher_document)
 

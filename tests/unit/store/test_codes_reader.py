@@ -168,7 +168,8 @@ def test_a_missing_shard_is_an_error_that_names_it_and_the_remedy(written, read)
     address = written.store.address
     assert str(caught.value) == (
         f"{address}/{SHARD}: the shard is missing. Nothing was changed. Run `kdcache verify {address}` to see all "
-        f"damage; then delete {SHARD} and commits/a/1.json and run the build again: it makes this shard anew."
+        "damage; `kdcache repair JOB`, with the cache's job file, drops this shard and its record and builds them "
+        f"anew; `kdcache repair {address}` drops them alone."
     )
 
 
@@ -176,7 +177,7 @@ def test_a_shard_deleted_under_an_open_reader_is_missing(written):
     reader = written.reader(cache_bytes=0)
     reader.read_rows(np.array([200]))
     written.store.objects.delete(SHARD)
-    with pytest.raises(CorruptCacheError, match=f"{SHARD}: the shard is missing.*run the build again"):
+    with pytest.raises(CorruptCacheError, match=f"{SHARD}: the shard is missing.*kdcache repair JOB"):
         reader.read_rows(np.array([200]))
 
 

@@ -217,7 +217,7 @@ def test_strings_that_share_a_key_are_told_apart_by_the_check(monkeypatch):
 def test_a_missing_part_of_the_index_is_an_error_with_a_remedy(many, key):
     store, table = many
     store.objects.delete(key)
-    with pytest.raises(CorruptCacheError, match=f"{key}: .* missing.*Delete the folder index and run the build again"):
+    with pytest.raises(CorruptCacheError, match=f"{key}: .* missing.*kdcache repair .*: it makes the index anew"):
         store.lookup(table.example_ids[:1])
 
 
@@ -252,7 +252,7 @@ def test_a_part_of_the_index_that_a_stopped_build_left_damaged_is_never_vouched_
     data = bytearray(store.objects.read(key))
     data[20] ^= 1
     store.objects.replace(key, bytes(data))
-    with pytest.raises(CorruptCacheError, match=f"{key}: .*checksum.*Delete the folder index and run the build again"):
+    with pytest.raises(CorruptCacheError, match=f"{key}: .*checksum.*kdcache repair .*: it makes the index anew"):
         store.write_index(table)
 
 
@@ -311,8 +311,8 @@ def test_an_entry_that_points_past_the_rows_of_a_view_is_corrupt(tmp_path, first
         store.lookup([7])
     assert str(caught.value) == (
         f"{store.address}/index/entries: the entry of example 7 says {num_rows} rows from row {first_row}, where a "
-        "view has 5 rows. Nothing was changed. Delete the folder index and run the build again: it makes the index "
-        "anew from the examples."
+        f"view has 5 rows. Nothing was changed. Run `kdcache repair {store.address}`: it makes the index anew from the "
+        "examples."
     )
 
 

@@ -4,35 +4,13 @@ import json
 import shutil
 
 import pytest
+from damage import FILES, place, swap
 from tiny_caches import build_tiny, files_of, tiny_teachers
 
 from kdcache import Codes, verify_cache
 from kdcache.errors import CacheNotFoundError, KdcacheError
 
 CODES = Codes(spacing="uniform")
-FILES = [
-    "zarr.json",
-    "complete.json",
-    "examples.parquet",
-    "plans/0.json",
-    "plans/1.json",
-    "index/zarr.json",
-    "index/entries/zarr.json",
-    "index/entries/c/0/0",
-    "index/fences/zarr.json",
-    "index/fences/c/0/0",
-    "teachers/zarr.json",
-    "teachers/a/zarr.json",
-    "teachers/a/codes/zarr.json",
-    "teachers/a/codes/c/1/0",
-    "teachers/b/codes/c/2/0",
-    "teachers/a/PARAMETERS/zarr.json",
-    "teachers/a/PARAMETERS/codebook/zarr.json",
-    "teachers/a/PARAMETERS/codebook/c/0",
-    "teachers/a/PARAMETERS/coefficients/c/0",
-    "commits/a/0.json",
-    "commits/b/2.json",
-]
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +25,6 @@ def built(tmp_path_factory):
 @pytest.fixture
 def folder(built, tmp_path):
     return shutil.copytree(built, tmp_path / "cache")
-
-
-def place(folder, name):
-    parameters = next(path.name for path in (folder / "teachers/a").iterdir() if path.name.startswith("parameters-"))
-    return folder / name.replace("PARAMETERS", parameters)
 
 
 def is_sound(folder) -> bool:
@@ -138,12 +111,6 @@ def test_a_lost_completion_makes_an_incomplete_cache(folder):
     assert (report.is_complete, report.is_sound) == (False, True)
 
 
-def swap(folder, one, other):
-    data = (folder / one).read_bytes()
-    (folder / one).write_bytes((folder / other).read_bytes())
-    (folder / other).write_bytes(data)
-
-
 def test_two_swapped_shards_are_both_named(folder):
     swap(folder, "teachers/a/codes/c/0/0", "teachers/a/codes/c/1/0")
     report = verify_cache(folder)
@@ -169,12 +136,11 @@ def test_two_swapped_teachers_are_found(folder):
     assert not is_sound(folder)
 
 
-def test_a_missing_shard_is_named_with_what_mends_it(folder):
+def test_a_missing_shard_is_named(folder):
     (folder / "teachers/b/codes/c/1/0").unlink()
     found = findings(folder)
     assert len(found) == 1
     assert found[0].startswith(f"teacher 'b', shard 1: {folder}/teachers/b/codes/c/1/0: the file is missing")
-    assert "delete teachers/b/codes/c/1/0 and commits/b/1.json and run the build again" in found[0]
 
 
 def test_an_altered_shard_is_named_with_both_digests(folder):
@@ -265,4 +231,4 @@ def test_a_teacher_that_is_being_added_is_no_finding(folder):
         (folder / name).write_bytes((before / name).read_bytes())
     (folder / "commits/c/1.json").unlink()
     report = verify_cache(folder)
-    assert (report.findings, report.num_shards) == ((), 6)
+    assert (report.findings, report.num_shards) == ((), 8)
