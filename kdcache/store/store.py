@@ -25,8 +25,9 @@ from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
 from kdcache.store.index_files import index_digest, open_index, publish_index
+from kdcache.store.local_objects import LocalObjects
 from kdcache.store.locks import OwnLock
-from kdcache.store.objects import LocalObjects, Objects, open_objects
+from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
 from kdcache.store.sizes import CacheSizes, sizes_of
@@ -433,9 +434,9 @@ class CacheStore:
 
     def zarr_group(self) -> zarr.Group:
         """Open the cache read-only with zarr-python, through its consolidated metadata."""
-        import zarr  # noqa: PLC0415 - reading and training do without it
+        from kdcache.store.zarr_group import open_zarr_group  # noqa: PLC0415 - reading and training do without Zarr
 
-        return zarr.open_group(self.address, mode="r", use_consolidated=True)
+        return open_zarr_group(self._objects)
 
     def check_zarr(self, teacher_names: Sequence[str], cache_document: CacheDocument) -> None:
         """Hold what zarr-python sees of the codes against the documents, so that every array opens without kdcache.
