@@ -5,7 +5,7 @@ The only module that imports obstore, when the first request is made.
 
 from __future__ import annotations
 
-__all__ = ["AlreadyStandsError", "BucketClient", "RefusedRangeError", "UnansweredError", "UnsupportedError"]
+__all__ = ["AlreadyStandsError", "BucketClient", "Client", "RefusedRangeError", "UnansweredError", "UnsupportedError"]
 
 import errno
 import functools
@@ -13,9 +13,9 @@ import ipaddress
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from kdcache.errors import MissingExtraError, StoreError
@@ -57,6 +57,35 @@ class RefusedRangeError(StoreError):
 _KINDS: dict[int, type[StoreError]] = {400: RefusedRangeError, 416: RefusedRangeError, 501: UnsupportedError}
 """What a server's answer means where obstore has no error of its own for it."""
 
+_PASSING = frozenset({408, 409, 425, 429})
+"""Refusals that may not be the last word: too slow, in conflict with another request, too many."""
+
+
+class Client(Protocol):
+    """What is asked of a bucket; paths are below its prefix."""
+
+    @property
+    def reading(self) -> Any:
+        """The obstore store, for who reads by other means."""
+
+    def size(self, path: str) -> int | None:
+        """Ask for an object's size in bytes; None when none stands there."""
+
+    def read(self, path: str) -> bytes:
+        """Read a whole object."""
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, max_gap_bytes: int) -> Sequence[Any]:
+        """Read ranges, (start, length) in bytes, none empty; those near to one another in one request."""
+
+    def put(self, path: str, data: bytes, *, create_only: bool) -> None:
+        """Store an object in one request."""
+
+    def delete(self, path: str) -> None:
+        """Remove an object, whether one stands there or not."""
+
+    def list(self, folder: str) -> Sequence[tuple[str, float]]:
+        """List the objects below a folder ("" for all): path, and seconds of the server's clock."""
+
 
 class BucketClient:
     """Requests to one bucket, below a prefix; safe between threads, of one process.
@@ -74,8 +103,12 @@ class BucketClient:
         The environment's settings do not do.
     """
 
+    _first_pid: ClassVar[int | None] = None
+
     def __init__(self, address: BucketAddress, limits: RequestLimits) -> None:
         self._obstore = _import_obstore()
+        if BucketClient._first_pid is None:
+            BucketClient._first_pid = os.getpid()
         self._address = address
         self._connections = threading.BoundedSemaphore(limits.num_connections)
         try:
@@ -87,6 +120,11 @@ class BucketClient:
                 "read or written. See docs/howto/object-stores.md; credentials come from "
                 f"{_CREDENTIALS[address.scheme]}"
             ) from None
+
+    @classmethod
+    def is_cut_off(cls) -> bool:
+        """Tell whether this process was forked from one that used obstore, whose threads are not in it."""
+        return cls._first_pid not in {None, os.getpid()}
 
     @property
     def reading(self) -> Any:
@@ -105,18 +143,12 @@ class BucketClient:
         answer = self._ask("GET", path, lambda: self._obstore.get(self._reading, path).bytes())
         return bytes(answer.to_bytes())
 
-    def read_ranges(self, path: str, ranges: list[tuple[int, int]], *, max_gap_bytes: int) -> list[Any]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, max_gap_bytes: int) -> Sequence[Any]:
         """Read ranges, (start, length) in bytes, none empty; those near to one another in one request."""
         starts, lengths = [start for start, _ in ranges], [length for _, length in ranges]
-        return list(
-            self._ask(
-                "GET",
-                path,
-                lambda: self._obstore.get_ranges(
-                    self._reading, path, starts=starts, lengths=lengths, coalesce=max_gap_bytes
-                ),
-            )
-        )
+        options = {"starts": starts, "lengths": lengths, "coalesce": max_gap_bytes}
+        found = self._ask("GET", path, lambda: self._obstore.get_ranges(self._reading, path, **options))
+        return tuple(found)
 
     def put(self, path: str, data: bytes, *, create_only: bool) -> None:
         """Store an object in one request, which a server carries out whole or not at all.
@@ -138,7 +170,7 @@ class BucketClient:
         except FileNotFoundError:  # some servers say so
             return
 
-    def list(self, folder: str) -> list[tuple[str, float]]:
+    def list(self, folder: str) -> Sequence[tuple[str, float]]:
         """List the objects below a folder ("" for all), in no order: path, and seconds of the server's clock."""
         return self._ask(
             "LIST",
@@ -163,19 +195,23 @@ class BucketClient:
             raise FileNotFoundError(errno.ENOENT, "no such object", where) from None
         except exceptions.AlreadyExistsError:
             raise AlreadyStandsError(where) from None
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise StoreError(
-                f"{verb} {where} was refused ({_summary(error)}): the credentials are missing, wrong or without this "
-                f"right. Nothing was changed by it. Give them by {_CREDENTIALS[self._address.scheme]}, allow reading, "
-                "listing and, to build, writing and deleting below this address, and run the same command again"
-            ) from None
         except exceptions.BaseError as error:
             raise self._error(verb, where, error) from None
 
     def _error(self, verb: str, where: str, error: Exception) -> StoreError:
         if _names_no_bucket(error):
             return self._no_bucket()
-        kind = _KINDS.get(_status(error), UnansweredError)
+        status = _status(error)
+        exceptions = self._obstore.exceptions
+        refusals = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+        if isinstance(error, refusals) or status in {401, 403}:
+            return StoreError(
+                f"{verb} {where} was refused ({_summary(error)}): the credentials are missing, wrong or without this "
+                f"right. Nothing was changed by it. Give them by {_CREDENTIALS[self._address.scheme]}, allow reading, "
+                "listing and, to build, writing and deleting below this address, and run the same command again"
+            )
+        is_final = 400 <= status < 500 and status not in _PASSING
+        kind = _KINDS.get(status, StoreError if is_final else UnansweredError)
         return kind(
             f"{verb} {where} failed ({_summary(error)}), after all tries that the time allows. What was "
             "published before stands whole; whether this request was carried out may be unknown. Check that the store "

@@ -20,6 +20,7 @@ from kdcache.store.bucket_address import DEFAULT_LIMITS, BucketAddress, RequestL
 from kdcache.store.bucket_client import (
     AlreadyStandsError,
     BucketClient,
+    Client,
     RefusedRangeError,
     UnansweredError,
     UnsupportedError,
@@ -51,7 +52,8 @@ class BucketObjects:
     A writer whose request was carried out and whose answer was lost finds its own bytes and is told True. Of two
     writers of equal bytes at the same time both may be told so.
 
-    Sent to another process, it is its address alone, and credentials are looked up there.
+    Sent to another process, it is its address alone, and credentials are looked up there. A process that was forked
+    from one that used a store makes its requests through a process of its own (`kdcache.store.relay`).
 
     Parameters
     ----------
@@ -75,7 +77,7 @@ class BucketObjects:
     def renew(self) -> None:
         """Know nothing yet, as in a process that was forked from the one that knew."""
         self._lock = threading.Lock()
-        self._opened: BucketClient | None = None
+        self._opened: Client | None = None
         self._refuses_to_replace: bool | None = None
         self._sizes: dict[str, int] = {}
 
@@ -91,7 +93,7 @@ class BucketObjects:
         return str(self._address)
 
     @property
-    def client(self) -> BucketClient:
+    def client(self) -> Client:
         """The connection of this process; opened when first asked for.
 
         Raises
@@ -103,8 +105,15 @@ class BucketObjects:
         """
         with self._lock:
             if self._opened is None:
-                self._opened = BucketClient(self._address, self._limits)
+                self._opened = self._connected()
             return self._opened
+
+    def _connected(self) -> Client:
+        if not BucketClient.is_cut_off():
+            return BucketClient(self._address, self._limits)
+        from kdcache.store.relay import Relay  # noqa: PLC0415 - for forked processes alone
+
+        return Relay(self._address, self._limits)
 
     def publish(self, key: str, data: bytes) -> bool:
         """Store an object unless one stands under `key`; True when these bytes were stored.

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 from kdcache.errors import StoreError
 from kdcache.store.bucket_address import RequestLimits
-from kdcache.store.bucket_client import BucketClient, UnansweredError
+from kdcache.store.bucket_client import Client, UnansweredError
 from kdcache.store.writers import is_alive, this_machine
 
 _FOLDER = ".claims"
@@ -31,12 +31,12 @@ _NAME = re.compile(r"(?P<machine>[0-9a-f]{8})-(?P<pid>[1-9][0-9]*)-[0-9a-f]{16}"
 _LONGEST_WAIT_SECONDS = 2.0
 
 
-def publish_claimed(client: BucketClient, key: str, data: bytes, limits: RequestLimits) -> bool:
+def publish_claimed(client: Client, key: str, data: bytes, limits: RequestLimits) -> bool:
     """Store an object unless one stands under `key`; True when these bytes stand.
 
     Parameters
     ----------
-    client : BucketClient
+    client : Client
     key : str
     data : bytes
     limits : RequestLimits
@@ -64,7 +64,7 @@ def publish_claimed(client: BucketClient, key: str, data: bytes, limits: Request
     return False
 
 
-def _stored(client: BucketClient, key: str, data: bytes) -> bool:
+def _stored(client: Client, key: str, data: bytes) -> bool:
     if client.size(key) is not None:  # since it was last looked for, and before the claim stood
         return False
     client.put(key, data, create_only=False)
@@ -75,7 +75,7 @@ def _stored(client: BucketClient, key: str, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _claim(client: BucketClient, key: str, limits: RequestLimits) -> Iterator[bool]:
+def _claim(client: Client, key: str, limits: RequestLimits) -> Iterator[bool]:
     """Put a claim, tell whether it is the only one, and take it away."""
     folder = f"{_FOLDER}/{key}"
     path = f"{folder}/{this_machine()}-{os.getpid()}-{secrets.token_hex(8)}"
@@ -90,7 +90,7 @@ def _claim(client: BucketClient, key: str, limits: RequestLimits) -> Iterator[bo
     _take_away(client, path)
 
 
-def _is_alone(client: BucketClient, folder: str, path: str, lease_seconds: float) -> bool:
+def _is_alone(client: Client, folder: str, path: str, lease_seconds: float) -> bool:
     claims = dict(client.list(folder))
     if path not in claims:
         return False
@@ -108,6 +108,6 @@ def _is_stale(path: str, age_seconds: float, lease_seconds: float) -> bool:
     return age_seconds > lease_seconds
 
 
-def _take_away(client: BucketClient, path: str) -> None:
+def _take_away(client: Client, path: str) -> None:
     with contextlib.suppress(StoreError):  # it grows stale
         client.delete(path)

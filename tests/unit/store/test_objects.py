@@ -224,11 +224,6 @@ def test_a_file_address_opens_as_local_objects(tmp_path):
     assert open_objects(f"file://{tmp_path}").address == str(tmp_path)
 
 
-def test_an_unknown_kind_of_address_is_refused_with_a_way_out():
-    with pytest.raises(KdcacheError, match=r"local folders only.*s3://"):
-        open_objects("s3://bucket/cache")
-
-
 WRITER = """
 import sys
 from kdcache.store import LocalObjects
