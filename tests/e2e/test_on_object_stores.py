@@ -16,6 +16,7 @@ from object_servers import SERVERS
 from tiny_caches import NUM_EXAMPLES, OPTIONS, Stop, build_tiny, tiny_inputs, tiny_teachers, tiny_transfer_set
 
 import kdcache
+from kdcache import cli
 from kdcache.build import read_status
 from kdcache.documents import DaskLocal
 from kdcache.errors import CacheExistsError, CacheNotFoundError, IncompleteCacheError, StoreError
@@ -245,6 +246,76 @@ def test_damage_there_is_found(nearby):
     objects = open_objects(nearby)
     objects.replace(shard, bytes(len(objects.read(shard))))
     assert not kdcache.verify_cache(nearby).is_sound
+
+
+COMMANDS = """
+name = "tiny"
+[cache]
+address = "{address}"
+shard_rows = 16
+chunk_rows = 8
+[transfer_set]
+factory = "bucket_sources:transfer_set"
+[build]
+batch_size = 12
+[[teachers]]
+name = "a"
+factory = "bucket_sources:network"
+[evaluation]
+factory = "bucket_sources:evaluation"
+[[students]]
+name = "linear"
+factory = "bucket_sources:network"
+temperatures = [1.0, 4.0]
+epochs = 1
+batch_size = 16
+"""
+
+SOURCES = """
+import torch
+from tiny_caches import TinyTeacher, tiny_inputs, tiny_labels, tiny_transfer_set
+
+
+def transfer_set():
+    return tiny_transfer_set()
+
+
+def evaluation():
+    return tiny_inputs(), torch.tensor(tiny_labels())
+
+
+def network():
+    return TinyTeacher()
+"""
+
+
+@pytest.fixture
+def command(nearby, tmp_path, monkeypatch, capsys):
+    """Run a command in this process, on a job whose cache lies in an object store; gives what it printed as JSON."""
+    (tmp_path / "bucket_sources.py").write_text(SOURCES)
+    (tmp_path / "job.toml").write_text(COMMANDS.format(address=nearby))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kdcache", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return json.loads(printed.out)
+
+    yield run
+    sys.modules.pop("bucket_sources", None)
+
+
+def test_every_command_takes_an_address_there(command, nearby, tmp_path):
+    job = tmp_path / "job.toml"
+    assert command("plan", job)["address"] == nearby
+    assert command("build", job)["address"] == nearby
+    assert command("status", nearby)["is_complete"]
+    assert command("verify", nearby)["is_sound"]
+    assert command("info", nearby)["address"] == nearby
+    assert command("train", job, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "students" / "linear" / "metrics.jsonl").exists()
 
 
 def test_an_address_where_nothing_stands_is_no_cache(nearby):
