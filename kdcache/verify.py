@@ -23,7 +23,7 @@ from kdcache.documents import (
     differences,
     digest_of_digests,
 )
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
 
 Value = TypeVar("Value")
@@ -100,6 +100,8 @@ def verify_cache(
         No cache stands there.
     DocumentError
         The root's cache document cannot be read, so nothing can be said of the rest.
+    StoreError
+        The place where the cache is kept does not answer, or refuses.
     """
     store = CacheStore.at(address)
     standing = _Standing.read(store)
@@ -148,6 +150,8 @@ class _Standing:
 def _attempt(findings: list[Finding], where: str, read: Callable[[], Value]) -> Value | None:
     try:
         return read()
+    except StoreError:  # the store could not be asked, which says nothing of the cache
+        raise
     except (KdcacheError, OSError) as error:
         findings.append(Finding(where, str(error)))
         return None
@@ -161,6 +165,8 @@ def _shard(store: CacheStore, standing: _Standing, name: str, shard: int) -> tup
             missing = Finding(where, "there is no record", name, shard)
             return 0, [] if standing.complete is None else [missing]
         data = store.shard_bytes(name, shard)
+    except StoreError:
+        raise
     except KdcacheError as error:
         return 0, [Finding(where, str(error), name, shard)]
     altered = _as_written(store, layout.record_key(name, shard), record)
@@ -202,6 +208,8 @@ def _teachers(store: CacheStore, standing: _Standing) -> Iterator[Finding]:
         try:
             store.parameters(document)
             store.codes_reader(document, standing.cache)
+        except StoreError:
+            raise
         except KdcacheError as error:
             yield Finding(f"teacher {name!r}", str(error), name)
     for teacher in standing.complete.teachers if standing.complete else ():
@@ -217,6 +225,8 @@ def _completed(store: CacheStore, standing: _Standing, teacher: CompletedTeacher
         return
     try:
         records = list(store.records(teacher.name).values())
+    except StoreError:
+        raise
     except KdcacheError:
         return  # the shard's own finding says it
     if not records:
@@ -240,6 +250,8 @@ def _whole(store: CacheStore, complete: CompleteDocument | None) -> Iterator[Fin
     for where, measure, expected in checks:
         try:
             found = measure()
+        except StoreError:
+            raise
         except (KdcacheError, OSError, IndexError) as error:
             yield Finding(where, f"cannot be read: {error}")
             continue
@@ -252,6 +264,8 @@ def _root(store: CacheStore) -> Iterator[Finding]:
     try:
         for difference in store.root_differences():
             yield Finding("zarr.json", difference)
+    except StoreError:
+        raise
     except KdcacheError as error:
         yield Finding("zarr.json", str(error))
 

@@ -54,10 +54,14 @@ class RefusedRangeError(StoreError):
     """The server refuses a range: the object ends before it."""
 
 
-_KINDS: dict[int, type[StoreError]] = {400: RefusedRangeError, 416: RefusedRangeError, 501: UnsupportedError}
+_NOT_IMPLEMENTED = 501
+_KINDS: dict[int, type[StoreError]] = {
+    400: RefusedRangeError, 416: RefusedRangeError, _NOT_IMPLEMENTED: UnsupportedError,
+}  # fmt: skip
 """What a server's answer means where obstore has no error of its own for it."""
 
 _PASSING = frozenset({408, 409, 425, 429})
+_PASSING_CODES = frozenset({"RequestTimeout", "SlowDown"})
 """Refusals that may not be the last word: too slow, in conflict with another request, too many."""
 
 
@@ -210,8 +214,8 @@ class BucketClient:
                 f"right. Nothing was changed by it. Give them by {_CREDENTIALS[self._address.scheme]}, allow reading, "
                 "listing and, to build, writing and deleting below this address, and run the same command again"
             )
-        is_final = 400 <= status < 500 and status not in _PASSING
-        kind = _KINDS.get(status, StoreError if is_final else UnansweredError)
+        is_final = 400 <= status < 500 and status not in _PASSING and _code(error) not in _PASSING_CODES
+        kind = _KINDS.get(status, StoreError) if is_final or status == _NOT_IMPLEMENTED else UnansweredError
         return kind(
             f"{verb} {where} failed ({_summary(error)}), after all tries that the time allows. What was "
             "published before stands whole; whether this request was carried out may be unknown. Check that the store "
@@ -303,14 +307,18 @@ def _status(error: Exception) -> int:
 
 
 def _names_no_bucket(error: Exception) -> bool:
+    return _code(error) in _NO_BUCKET
+
+
+def _code(error: Exception) -> str:
     found = _CODE.search(str(error))
-    return found is not None and found["code"] in _NO_BUCKET
+    return "" if found is None else found["code"]
 
 
 def _summary(error: Exception) -> str:
     """Say what failed in a few words: the rest may hold parts of credentials."""
     text = str(error)
-    status, code = _status(error), _CODE.search(text)
+    status, code = _status(error), _code(error)
     causes = dict.fromkeys(_CAUSE.findall(text))
-    words = [f"status {status}" if status else "", code["code"] if code else "", *causes]
+    words = [f"status {status}" if status else "", code, *causes]
     return ", ".join(word for word in words if word) or "no answer"

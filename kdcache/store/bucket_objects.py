@@ -46,7 +46,7 @@ class BucketObjects:
 
     Objects appear whole, in one request each, and last when `publish` returns. A server that refuses to replace (it
     honours ``If-None-Match: *``, as S3 does) decides which of several writers wins. One that ignores this is noticed,
-    before this process's first publishing, by storing the object ``.create-only`` twice; there writers keep out of one
+    before the first publishing, by storing the object ``.create-only`` twice; there writers keep out of one
     another's way by claims, which needs listings that show at once what was stored (`kdcache.store.claims`).
 
     A writer whose request was carried out and whose answer was lost finds its own bytes and is told True. Of two

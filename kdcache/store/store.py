@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -30,7 +31,7 @@ from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
-from kdcache.store.sizes import CacheSizes, sizes_of
+from kdcache.store.sizes import ASKING_THREADS, CacheSizes, sizes_of
 from kdcache.store.teachers import (
     PublishedShard,
     check_codes,
@@ -378,8 +379,9 @@ class CacheStore:
         """Read all records of a teacher, by shard index, ascending."""
         names = [key.rsplit("/", 1)[1].removesuffix(".json") for key in self._objects.list(layout.records_folder(name))]
         indexes = sorted(int(text) for text in names if text.isdecimal())
-        found = ((index, self.record(name, index)) for index in indexes)
-        return {index: record for index, record in found if record is not None}
+        with ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="kdcache-records") as pool:
+            found = pool.map(lambda index: self.record(name, index), indexes)
+            return {index: record for index, record in zip(indexes, found, strict=True) if record is not None}
 
     # Completion ------------------------------------------------------------------------------------------------------
 

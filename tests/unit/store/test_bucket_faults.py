@@ -7,7 +7,9 @@ import time
 
 import pytest
 from faulty_proxy import FOREVER, STALL_SECONDS, proxy_before
+from tiny_caches import build_tiny
 
+from kdcache import open_cache, verify_cache
 from kdcache.errors import StoreError
 from kdcache.store.bucket_address import RequestLimits
 from kdcache.store.bucket_objects import BucketObjects
@@ -158,3 +160,25 @@ def test_requests_of_many_threads_are_bounded(conditional):
     for thread in threads:
         thread.join()
     assert max(at_once) == 2
+
+
+def test_a_store_that_does_not_answer_is_no_damage(conditional, monkeypatch):
+    objects, faults = conditional
+    monkeypatch.setattr("kdcache.store.store.open_objects", lambda _: objects)
+    objects.delete("first")
+    build_tiny(objects.address)
+    assert verify_cache(objects.address).is_sound
+    faults.plan("503", "GET", times=FOREVER, after=12)
+    with pytest.raises(StoreError, match=r"GET .* failed"):
+        verify_cache(objects.address)
+
+
+def test_an_example_table_that_is_not_answered_is_no_damage(conditional, monkeypatch):
+    objects, faults = conditional
+    monkeypatch.setattr("kdcache.store.store.open_objects", lambda _: objects)
+    objects.delete("first")
+    build_tiny(objects.address)
+    cache = open_cache(objects.address)
+    faults.plan("503", "GET", times=FOREVER, after=1)
+    with pytest.raises(StoreError, match=r"GET .*examples.parquet failed"):
+        _ = cache.labels
