@@ -21,7 +21,7 @@ LIMITS = RequestLimits(
 LONGEST_SECONDS = 2 * (LIMITS.request_seconds + LIMITS.retry_seconds) + STALL_SECONDS
 
 
-@pytest.fixture(params=["moto", "nanio"])
+@pytest.fixture(params=["moto", pytest.param("nanio", marks=pytest.mark.slow)])
 def behind(request, server_of, monkeypatch):
     """Give objects behind a proxy, and what tells the proxy to fail; creating them is tried out already."""
     server = server_of(request.param)
@@ -101,8 +101,13 @@ def test_who_lost_the_race_and_the_answer_too_is_told_so(conditional, monkeypatc
     assert objects.read(KEY) == b"theirs"
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "HEAD"])
-@pytest.mark.parametrize("failure", ["503", "reset", "stall"])
+FOR_EVER = [("stall", "GET"), ("503", "PUT"), ("reset", "HEAD")]
+FURTHER = [("stall", "PUT"), ("stall", "HEAD"), ("503", "GET"), ("503", "HEAD"), ("reset", "GET"), ("reset", "PUT")]
+
+
+@pytest.mark.parametrize(
+    ("failure", "method"), [*FOR_EVER, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in FURTHER)]
+)
 def test_a_server_that_fails_for_ever_ends_in_an_error_in_bounded_time(conditional, failure, method):
     objects, faults = conditional
     objects.publish(KEY, b"ours")
