@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from object_servers import ObjectServer, running
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -92,3 +94,30 @@ def train_teacher(digits: Digits, seed: int, *, epochs: int = 4) -> nn.Module:
 @pytest.fixture(scope="session")
 def digit_teachers(digits) -> dict[str, nn.Module]:
     return {f"seed-{seed}": train_teacher(digits, seed) for seed in range(3)}
+
+
+@pytest.fixture(scope="session")
+def server_of(tmp_path_factory):
+    """Give an object store by its name; started when first asked for, stopped after the last test."""
+    servers: dict[str, ObjectServer] = {}
+    with contextlib.ExitStack() as stack:
+
+        def started(name):
+            if name not in servers:
+                servers[name] = stack.enter_context(running(name, tmp_path_factory.mktemp(name)))
+            return servers[name]
+
+        yield started
+
+
+@pytest.fixture
+def bucket_of(server_of, monkeypatch):
+    """Give an empty address in an object store by its name; the environment leads there."""
+
+    def address_in(name):
+        server = server_of(name)
+        for variable, value in server.environment().items():
+            monkeypatch.setenv(variable, value)
+        return server.new_address()
+
+    return address_in

@@ -119,9 +119,9 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
             "example_ids=...), .from_arrays(...) or .from_table(...). Nothing was written"
         )
     members = as_teachers(teachers, device=options.device, autocast=options.autocast)
-    if Path(address).is_file():
-        raise CacheExistsError(f"{address} is a file; a cache is a folder. Nothing was written; give another address")
     store = CacheStore.at(address)
+    if "://" not in store.address and Path(store.address).is_file():
+        raise CacheExistsError(f"{address} is a file; a cache is a folder. Nothing was written; give another address")
     is_occupied = any(True for _ in store.objects.list(""))  # looked at before another builder's plan can come between
     plans = store.plans()
     if is_occupied and not plans:

@@ -107,7 +107,7 @@ class CacheOptions(Document):
     title: ClassVar[str] = "cache options"
 
     address: Annotated[str, Field(min_length=1)]
-    """A folder, relative to the job file."""
+    """A folder, relative to the job file, or an address such as s3://bucket/prefix."""
     num_classes: Positive | None = None
     """Classes of every teacher; found by running the first teacher on one example where absent."""
     codec: CodecSpec | None = None

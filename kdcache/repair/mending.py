@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 from kdcache.build.finalise import finalise
 from kdcache.documents import PlanDocument
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, StoreError
 from kdcache.repair.actions import Action
 from kdcache.repair.origin import Origin
 from kdcache.repair.planning import RepairPlan
@@ -171,6 +171,8 @@ class Mending:
             document = self.standing.teachers[str(item.teacher)]
             try:
                 store.codes_reader(document, self.standing.cache, cache_bytes=0).read_shard(item.shard_index or 0)
+            except StoreError:  # the store could not be asked, which says nothing of the cache
+                raise
             except KdcacheError:
                 return True
             return False
@@ -184,6 +186,8 @@ class Mending:
             return item.key != shard_key or item.kind == "missing" or self._is_shard_bad(item.key, item)
         try:
             record = self.standing.store.record(str(item.teacher), item.shard_index or 0)
+        except StoreError:
+            raise
         except KdcacheError:
             return True
         if item.kind == "extra" or record is None:

@@ -25,7 +25,7 @@ from kdcache.documents import (
     completed_teacher,
     digest_of_digests,
 )
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, StoreError
 from kdcache.repair.sources import plan_from_documents, teacher_from_root
 from kdcache.store import layout
 from kdcache.verify import Finding
@@ -191,6 +191,8 @@ def _vouched_records(standing: Standing, findings: tuple[Finding, ...]) -> dict[
             continue
         try:
             records = standing.store.records(teacher.name)
+        except StoreError:  # the store could not be asked, which says nothing of the cache
+            raise
         except KdcacheError:
             continue
         if digest_of_digests(record.digest() for record in records.values()) == teacher.records_digest:

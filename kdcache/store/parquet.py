@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache.errors import CorruptCacheError, OptionError, ShapeError, TransferSetError
+from kdcache.errors import KdcacheError, OptionError, ShapeError, TransferSetError
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
 from kdcache.store.reader import by_chunk
@@ -334,7 +334,7 @@ class ExampleColumns:
     def _refusing_damage(self) -> Iterator[None]:
         try:
             yield
-        except CorruptCacheError:
+        except KdcacheError:  # some are OSErrors too, and say already what failed
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._place.corrupt(f"the file cannot be read ({error})") from error

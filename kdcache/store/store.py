@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -25,11 +26,12 @@ from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
 from kdcache.store.index_files import fences_sha256, index_digest, open_index, publish_index
+from kdcache.store.local_objects import LocalObjects
 from kdcache.store.locks import OwnLock
-from kdcache.store.objects import LocalObjects, Objects, open_objects
+from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
-from kdcache.store.sizes import CacheSizes, sizes_of
+from kdcache.store.sizes import ASKING_THREADS, CacheSizes, sizes_of
 from kdcache.store.teachers import (
     PublishedShard,
     check_codes,
@@ -401,8 +403,9 @@ class CacheStore:
         """Read all records of a teacher, by shard index, ascending."""
         names = [key.rsplit("/", 1)[1].removesuffix(".json") for key in self._objects.list(layout.records_folder(name))]
         indexes = sorted(int(text) for text in names if text.isdecimal())
-        found = ((index, self.record(name, index)) for index in indexes)
-        return {index: record for index, record in found if record is not None}
+        with ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="kdcache-records") as pool:
+            found = pool.map(lambda index: self.record(name, index), indexes)
+            return {index: record for index, record in zip(indexes, found, strict=True) if record is not None}
 
     # Completion ------------------------------------------------------------------------------------------------------
 
@@ -440,9 +443,9 @@ class CacheStore:
 
     def zarr_group(self) -> zarr.Group:
         """Open the cache read-only with zarr-python, through its consolidated metadata."""
-        import zarr  # noqa: PLC0415 - reading and training do without it
+        from kdcache.store.zarr_group import open_zarr_group  # noqa: PLC0415 - reading and training do without Zarr
 
-        return zarr.open_group(self.address, mode="r", use_consolidated=True)
+        return open_zarr_group(self._objects)
 
     def check_zarr(self, teacher_names: Sequence[str], cache_document: CacheDocument) -> None:
         """Hold what zarr-python sees of the codes against the documents, so that every array opens without kdcache.

@@ -14,7 +14,7 @@ import torch
 from kdcache.codecs import Decoder, codec_for, parameters_to
 from kdcache.codecs.base import row_blocks
 from kdcache.documents import Record
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import transfer_set_digest
 from kdcache.verify.certificates import contradictions
@@ -65,6 +65,8 @@ class TeacherDecoding:
         about["where"] = shard_place(record.teacher, record.shard_index)
         try:
             codes = self.read(record.shard_index)
+        except StoreError:  # the store could not be asked, which says nothing of the cache
+            raise
         except KdcacheError as error:
             kind = "hole" if "fill code" in str(error) else kind_of_error(error, is_there=True)
             yield finding(store, key, plain_text(error), kind, **about)
@@ -112,6 +114,8 @@ def check_examples(standing: Standing) -> Iterator[Finding]:
     store, cache = standing.store, standing.cache
     try:
         table = store.examples()
+    except StoreError:
+        raise
     except KdcacheError as error:
         is_there = store.objects.size(layout.EXAMPLES) is not None
         if is_there or standing.complete is not None:
@@ -137,6 +141,8 @@ def _index(
         part = slice(start, start + LOOKED_UP_AT_ONCE)
         try:
             found_first, found_num = store.lookup(ids[part])
+        except StoreError:
+            raise
         except KdcacheError as error:
             if is_complete:
                 yield finding(store, layout.INDEX, plain_text(error), kind_of_error(error, is_there=True))

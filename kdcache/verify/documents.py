@@ -15,7 +15,7 @@ from kdcache.documents import (
     differences,
     digest_of_digests,
 )
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
 from kdcache.store.files import CacheFiles
 from kdcache.store.index_files import damaged_parts
@@ -134,6 +134,8 @@ def _root(standing: Standing) -> Iterator[Finding]:
     documents = [standing.teachers[name] for name in standing.completed if name in standing.teachers]
     try:
         found = root_differences(CacheFiles(store.objects), standing.cache, expected_nodes(standing.cache, documents))
+    except StoreError:  # the store could not be asked, which says nothing of the cache
+        raise
     except KdcacheError:  # of a node, whose own finding says it
         return
     yield from (finding(store, layout.ROOT, what, "contradicts") for what in found)
@@ -173,6 +175,8 @@ def _parameters(store: CacheStore, document: TeacherDocument) -> Iterator[Findin
         key = layout.chunk_key(array, (0,) * len(parameter.shape))
         try:
             store.parameters(document.model_copy(update={"parameters": {name: parameter}}))
+        except StoreError:
+            raise
         except KdcacheError as error:
             kind = kind_of_error(error, is_there=store.objects.size(key) is not None)
             where = f"teacher {document.name!r}"
@@ -194,6 +198,8 @@ def _presence(standing: Standing, keys: tuple[str, ...]) -> Iterator[Finding]:
 def _digest(store: CacheStore, key: str, measure: Callable[[], str], expected: str) -> Iterator[Finding]:
     try:
         found = measure()
+    except StoreError:
+        raise
     except (KdcacheError, OSError) as error:
         kind = (
             kind_of_error(error, is_there=store.objects.size(key) is not None)
@@ -228,6 +234,8 @@ def _examples_of_plan(standing: Standing) -> Iterator[Finding]:
         return
     try:
         table = store.examples()
+    except StoreError:
+        raise
     except KdcacheError as error:
         yield finding(store, layout.EXAMPLES, plain_text(error), kind_of_error(error, is_there=True))
         return

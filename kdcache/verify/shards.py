@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.documents import Record
-from kdcache.errors import CorruptCacheError, KdcacheError
+from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
 from kdcache.verify.decoding import TeacherDecoding
 from kdcache.verify.documents import as_written
@@ -95,6 +95,8 @@ class ShardChecks:
         for name in self._standing.teachers:
             try:
                 opened[name] = TeacherDecoding(self._standing, name)
+            except StoreError:  # the store could not be asked, which says nothing of the cache
+                raise
             except KdcacheError:  # of the array's metadata, whose own finding says it
                 continue
         return opened
@@ -103,6 +105,8 @@ class ShardChecks:
         key = layout.record_key(name, shard_index)
         try:
             record = self._store.record(name, shard_index)
+        except StoreError:
+            raise
         except (KdcacheError, OSError) as error:
             is_there = self._store.objects.size(key) is not None
             kind = kind_of_error(error, is_there=is_there)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, Record, TeacherDocument
-from kdcache.errors import CacheNotFoundError, KdcacheError
+from kdcache.errors import CacheNotFoundError, KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
 from kdcache.store.files import CacheFiles
 from kdcache.verify.findings import Finding, Kind, kind_of_error
@@ -108,6 +108,8 @@ def plain_text(error: Exception) -> str:
 def _cache(store: CacheStore, plans: Mapping[int, PlanDocument], findings: list[Finding]) -> CacheDocument:
     try:
         return store.cache_document()
+    except StoreError:  # the store could not be asked, which says nothing of the cache
+        raise
     except KdcacheError as error:
         if not plans:
             raise
@@ -141,6 +143,8 @@ def _attempt(
 ) -> Value | None:
     try:
         return read()
+    except StoreError:
+        raise
     except (KdcacheError, OSError) as error:
         kind = kind_of_error(error, is_there=store.objects.size(key) is not None)
         findings.append(finding(store, key, plain_text(error), kind, where=where, **more))

@@ -14,7 +14,19 @@ import pytest
 import kdcache
 from kdcache.errors import MissingExtraError
 
-HEAVY = ["torch", "zarr", "dask", "distributed", "pyarrow", "pydantic", "numpy", "numcodecs", "matplotlib", "typer"]
+HEAVY = [
+    "torch",
+    "zarr",
+    "obstore",
+    "dask",
+    "distributed",
+    "pyarrow",
+    "pydantic",
+    "numpy",
+    "numcodecs",
+    "matplotlib",
+    "typer",
+]
 
 
 def modules_after(statement: str) -> set[str]:
@@ -67,7 +79,9 @@ def test_importing_kdcache_imports_no_module_of_its_own(after_import):
     assert {name for name in after_import if name.startswith("kdcache.")} == set()
 
 
-@pytest.mark.parametrize("module", ["dask", "distributed", "zarr", "kdcache.build", "kdcache.jobs", "kdcache.cli"])
+@pytest.mark.parametrize(
+    "module", ["dask", "distributed", "zarr", "obstore", "kdcache.build", "kdcache.jobs", "kdcache.cli"]
+)
 def test_reading_and_training_import_no_build(after_opening, module):
     assert module not in after_opening
 
@@ -94,7 +108,7 @@ def test_documents_need_no_torch(after_documents, module):
     assert module not in after_documents
 
 
-@pytest.mark.parametrize("module", ["dask", "distributed", "dask_jobqueue"])
+@pytest.mark.parametrize("module", ["dask", "distributed", "dask_jobqueue", "obstore"])
 def test_building_in_this_process_needs_no_dask(after_building, module):
     assert module not in after_building
 

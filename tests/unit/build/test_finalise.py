@@ -12,7 +12,7 @@ from kdcache.build.finalise import finalise
 from kdcache.cache import open_cache
 from kdcache.errors import CacheNotFoundError, IncompleteCacheError
 from kdcache.store import CacheStore
-from kdcache.store.objects import _machine
+from kdcache.store.writers import this_machine
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_reading_a_status_changes_nothing(folder):
 
 def test_what_dead_writers_left_is_swept_up(folder):
     lose(folder, "complete.json")
-    left = folder / "commits" / "a" / f".0.json.{_machine()}-999999999-{'0' * 16}.partial"
+    left = folder / "commits" / "a" / f".0.json.{this_machine()}-999999999-{'0' * 16}.partial"
     left.write_bytes(b"torn")
     store = CacheStore.at(folder)
     finalise(store, 0, store.plans()[0])

@@ -1,0 +1,20 @@
+"""Keys: the relative paths under which objects stand."""
+
+from __future__ import annotations
+
+__all__ = ["check_key"]
+
+import functools
+
+from kdcache.errors import StoreError
+
+
+@functools.lru_cache(maxsize=4096)
+def check_key(key: str) -> None:
+    """Refuse a key that could leave the store's address, or hide there, with a StoreError."""
+    parts = key.split("/")
+    if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
+        raise StoreError(
+            f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
+            "such as plans/0.json"
+        )
