@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from kdcache.build.failures import FailedShard
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.refusals import ROW
 from kdcache.build.rows import RowMap
@@ -53,6 +54,9 @@ from kdcache.codecs.row_errors import RowErrors
 from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
 from kdcache.errors import CodecError, CorruptCacheError, NonFiniteLogitsError
 from kdcache.store import CacheStore
+
+ENCODING_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Shards of a process that are encoded and written at once, while the teacher goes on with the next."""
 
 HASHING_THREADS = 8
 """Published shards read and hashed at once when a build is resumed."""
@@ -88,25 +92,50 @@ class Destination:
 
 def run_tasks(
     destination: Destination, batches: BatchLogits, row_map: RowMap, shard_indices: Sequence[int]
-) -> Iterator[Record]:
-    """Run the tasks of several shards, and yield each record once its shard is published.
+) -> Iterator[Record | FailedShard]:
+    """Run the tasks of several shards, and yield each record once its shard is published, or what stopped it.
 
     Inference goes on while earlier shards are encoded and written by other threads.
     """
-    num_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
-    waiting: deque[Future[Record]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-encode") as pool:
+    name = destination.teacher.name
+    waiting: deque[tuple[int, Future[Record]]] = deque()
+    with ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="kdcache-encode") as pool:
         try:
-            for shard_index, logits in shard_logits(batches, row_map, shard_indices):
+            for shard_index, logits in _logits_of_each(name, batches, row_map, shard_indices):
+                if isinstance(logits, FailedShard):
+                    yield logits
+                    continue
                 name_row = functools.partial(batches.name_row, shard_index)
-                waiting.append(pool.submit(publish_shard, destination, shard_index, logits, name_row))
-                while len(waiting) > num_threads or (waiting and waiting[0].done()):
-                    yield waiting.popleft().result()
+                waiting.append((shard_index, pool.submit(publish_shard, destination, shard_index, logits, name_row)))
+                while len(waiting) > ENCODING_THREADS or (waiting and waiting[0][1].done()):
+                    yield _outcome(name, *waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _outcome(name, *waiting.popleft())
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
+
+
+def _logits_of_each(
+    name: str, batches: BatchLogits, row_map: RowMap, shard_indices: Sequence[int]
+) -> Iterator[tuple[int, Logits | FailedShard]]:
+    """Yield each shard's logits, or what stopped the teacher, which begins anew with the next shard."""
+    remaining = sorted(shard_indices)
+    while remaining:
+        try:
+            for shard_index, logits in shard_logits(batches, row_map, remaining):
+                remaining = remaining[1:]
+                yield shard_index, logits
+        except Exception as error:  # noqa: BLE001 - whatever the user's dataset or teacher raises
+            failed, *remaining = remaining
+            yield failed, FailedShard(name, failed, error)
+
+
+def _outcome(name: str, shard_index: int, future: Future[Record]) -> Record | FailedShard:
+    try:
+        return future.result()
+    except Exception as error:  # noqa: BLE001 - it is raised once the other shards are built
+        return FailedShard(name, shard_index, error)
 
 
 @torch.inference_mode()

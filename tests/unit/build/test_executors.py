@@ -19,7 +19,8 @@ from torch import nn
 from kdcache import Codes, TransferSet, open_cache
 from kdcache.build import ModuleTeacher
 from kdcache.build.executors import InProcessExecutor, dask_cluster, open_executor
-from kdcache.build.executors.dask_cluster import DaskExecutor, open_cluster, spans
+from kdcache.build.executors.dask_cluster import DaskExecutor, open_cluster
+from kdcache.build.executors.rounds import spans_of
 from kdcache.build.plan import make_plan
 from kdcache.build.work import Work
 from kdcache.documents import DaskCluster, DaskJobqueue, DaskLocal, InProcess, PlanDocument
@@ -353,14 +354,14 @@ def work_with(batch_size, shard_rows) -> Work:
 
 def test_small_shards_are_sent_together_so_that_batches_are_not_run_for_each():
     tasks = {("a", shard) for shard in range(10)}
-    assert list(spans(work_with(8, 4), tasks)) == [("a", [0, 1, 2, 3]), ("a", [4, 5, 6, 7]), ("a", [8, 9])]
+    assert list(spans_of(work_with(8, 4), tasks)) == [("a", [0, 1, 2, 3]), ("a", [4, 5, 6, 7]), ("a", [8, 9])]
 
 
 def test_large_shards_are_sent_one_by_one():
-    assert list(spans(work_with(4, 8), {("a", 1), ("a", 0), ("b", 2)})) == [("a", [0]), ("a", [1]), ("b", [2])]
+    assert list(spans_of(work_with(4, 8), {("a", 1), ("a", 0), ("b", 2)})) == [("a", [0]), ("a", [1]), ("b", [2])]
 
 
 def test_every_task_is_sent_once():
     tasks = {(name, shard) for name in "ab" for shard in (0, 2, 3, 7, 9)}
-    sent = [(name, shard) for name, shards in spans(work_with(8, 4), tasks) for shard in shards]
+    sent = [(name, shard) for name, shards in spans_of(work_with(8, 4), tasks) for shard in shards]
     assert (len(sent), set(sent)) == (len(tasks), tasks)
