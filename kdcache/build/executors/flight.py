@@ -10,6 +10,7 @@ __all__ = ["Flight", "Loss", "Patience"]
 
 import contextlib
 import queue
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -27,6 +28,13 @@ CHECK_SECONDS = 5.0
 
 RESULT_SECONDS = 30.0
 """How long a small result is waited for; its worker may die before it is fetched, and then the task runs again."""
+
+_LOG_LINES = 20
+_DEATH = re.compile(r"Worker process \d+ (was killed by \w+ \d+|exited with \w+ \d+)")
+_SIGNALS = {
+    "was killed by signal 9": " (SIGKILL, which the kernel and Dask send when memory runs out)",
+    "was killed by signal 11": " (SIGSEGV: a library crashed)",
+}
 
 Item = TypeVar("Item")
 
@@ -138,6 +146,15 @@ class Flight:
             if self._slots:
                 self._seen_at = self._slots_at
         return self._slots
+
+    def last_death(self) -> str:
+        """Say how the last worker ended, as the processes that watch over workers know it; "" where none knows."""
+        with contextlib.suppress(Exception):  # a report is none the worse without it
+            logs = self._client.get_worker_logs(n=_LOG_LINES, nanny=True)
+            lines = sorted(line for found in logs.values() for _, line in found if _DEATH.search(line))
+            if lines and (found := _DEATH.search(lines[-1])):
+                return found[1] + _SIGNALS.get(found[1], "")
+        return ""
 
     def _launch(
         self,

@@ -26,7 +26,10 @@ DEATHS_ALONE = 2
 """Workers that a task must kill while it runs alone before it is put into quarantine, at least."""
 
 MAX_QUARANTINED_IN_A_ROW = 3
-"""Shards put into quarantine with none built between them after which a build stops: it is not the shards."""
+"""Shards put into quarantine with none built between them after which a build stops, where more are left."""
+
+MAX_BLAMED_IN_A_ROW = 4
+"""Losses that are blamed on tasks, with nothing built between them, after which the suspects are tried first."""
 
 MAX_FRUITLESS_ROUNDS = 3
 """Rounds that lose everything and blame nobody after which everything is suspect."""
@@ -96,30 +99,38 @@ class Rounds:
         Exception
             The first error of a task, once all others are built.
         """
-        fruitless = 0
-        while free := self._remaining - self._suspects:
-            spans = (_Span(name, tuple(shards)) for name, shards in spans_of(self._work, free))
-            self._fly(spans, lambda slots: 2 * slots)
-            left = self._remaining - self._suspects
-            fruitless = fruitless + 1 if left == free else 0
-            if fruitless == MAX_FRUITLESS_ROUNDS:
-                self._suspects |= left
-        if len(self._suspects) > FEW_SUSPECTS:
-            self._fly([_Span(name, (shard,)) for name, shard in sorted(self._suspects)], lambda slots: slots)
-        for task in sorted(self._suspects):
-            self._try_alone(task)
+        num_fruitless = 0
+        while self._remaining:
+            free = self._remaining - self._suspects
+            self._fly(
+                (_Span(name, tuple(shards)) for name, shards in spans_of(self._work, free)), lambda slots: 2 * slots
+            )
+            num_fruitless = num_fruitless + 1 if self._remaining - self._suspects == free else 0
+            if num_fruitless == MAX_FRUITLESS_ROUNDS:
+                self._suspects |= self._remaining
+            if len(self._suspects) > FEW_SUSPECTS:
+                self._fly([_Span(name, (shard,)) for name, shard in sorted(self._suspects)], lambda slots: slots)
+            for task in sorted(self._suspects):
+                self._try_alone(task)
         if self._quarantined:
             raise self._in_quarantine("Every other shard is published") from self._failures.first
         self._failures.raise_first()
 
     def _fly(self, spans: Iterable[_Span], width: Callable[[int], int]) -> None:
-        """Run spans together; whoever is blamed for a death becomes suspect."""
-        for span, outcome in self._outcomes(spans, width):
-            if isinstance(outcome, Loss):
+        """Run spans together; whoever is blamed for a death becomes suspect. End early where nothing else happens."""
+        num_blamed = 0
+        with contextlib.closing(self._outcomes(spans, width)) as outcomes:
+            for span, outcome in outcomes:
+                if not isinstance(outcome, Loss):
+                    num_blamed = 0
+                    self._take(outcome)
+                    continue
                 self._take_published(span)
-                self._suspects |= (span.tasks & self._remaining) if outcome.num_deaths else set()
-            else:
-                self._take(outcome)
+                if outcome.num_deaths:
+                    self._suspects |= span.tasks & self._remaining
+                    num_blamed += 1
+                if num_blamed >= MAX_BLAMED_IN_A_ROW:
+                    return
 
     def _outcomes(
         self, spans: Iterable[_Span], width: Callable[[int], int]
@@ -140,16 +151,24 @@ class Rounds:
                 else:
                     self._take(outcome)
         if task not in self._remaining:
-            self._in_a_row = 0
             return
-        self._quarantined.append(_Quarantined(task, num_deaths, said))
+        self._quarantined.append(_Quarantined(task, num_deaths, self._story(said)))
         self._remaining.discard(task)
+        self._suspects.discard(task)
         self._in_a_row += 1
-        if self._in_a_row >= MAX_QUARANTINED_IN_A_ROW and self._remaining:
+        if self._in_a_row >= MAX_QUARANTINED_IN_A_ROW and self._remaining - self._suspects:
             raise self._in_quarantine(
                 f"The build stopped after {self._in_a_row} of them in a row: {len(self._remaining)} more shard(s) were "
-                f"not tried alone ({shard_names(self._remaining)}). What is published is kept"
+                f"left ({shard_names(self._remaining)}). What is published is kept"
             ) from self._failures.first
+
+    def _story(self, said: str) -> str:
+        """Say what happened: in the words of who watches over the workers, where they can be asked, and in Dask's."""
+        with contextlib.suppress(ExecutorError):
+            self._flight.wait_for_workers()
+            if death := self._flight.last_death():
+                return f"The last one {death}"
+        return said
 
     def _take(self, outcomes: Iterable[Record | FailedShard]) -> None:
         for outcome in outcomes:
@@ -161,6 +180,7 @@ class Rounds:
             if isinstance(outcome, FailedShard):
                 self._failures.add(outcome)
             else:
+                self._in_a_row = 0
                 self._failures.note_success()
                 self._on_record(outcome)
 
