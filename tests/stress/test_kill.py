@@ -92,7 +92,7 @@ def test_a_killed_driver_of_a_local_cluster_loses_nothing_and_leaves_no_worker(t
     wait_for_records(tmp_path / "cache", 5, process)
     workers = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=60)
     assert workers
     assert wait_until_gone(workers, seconds=60) == set()
     assert finish(build(job, "--workers", "2"))["data_digest"] == undisturbed
@@ -106,7 +106,7 @@ def test_a_killed_driver_of_a_running_cluster_loses_nothing(tmp_path, undisturbe
         process = build(job, "--dask", cluster.address)
         wait_for_records(tmp_path / "cache", 5, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         assert finish(build(job, "--dask", cluster.address))["data_digest"] == undisturbed
     assert verify_cache(tmp_path / "cache").is_sound
 
