@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
     import zarr
 
     from kdcache.store.parquet import ExampleColumns
+
+_READING_THREADS = 32
+"""Records read at once: on an object store each costs a few round trips, and next to no work."""
+
+_RECORDS_AT_ONCE = 16
 
 
 class CacheStore:
@@ -374,11 +380,20 @@ class CacheStore:
         return record
 
     def records(self, name: str) -> dict[int, Record]:
-        """Read all records of a teacher, by shard index, ascending."""
+        """Read all records of a teacher, by shard index, ascending; many at a time."""
         names = [key.rsplit("/", 1)[1].removesuffix(".json") for key in self._objects.list(layout.records_folder(name))]
         indexes = sorted(int(text) for text in names if text.isdecimal())
-        found = ((index, self.record(name, index)) for index in indexes)
-        return {index: record for index, record in found if record is not None}
+        with ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="kdcache-records") as pool:
+            found = pool.map(functools.partial(self._records_of, name), _blocks(indexes))
+            return {index: record for block in found for index, record in block}
+
+    def _records_of(self, name: str, shard_indices: Sequence[int]) -> list[tuple[int, Record]]:
+        found = [(index, self.record(name, index)) for index in shard_indices]
+        return [(index, record) for index, record in found if record is not None]
+
+    def shard_size(self, name: str, shard_index: int) -> int | None:
+        """Give the size in bytes of a shard as it stands; None where there is none."""
+        return self._objects.size(layout.shard_key(name, shard_index))
 
     # Completion ------------------------------------------------------------------------------------------------------
 
@@ -478,6 +493,10 @@ class CacheStore:
             The array's metadata are missing, or contradict the documents.
         """
         return open_codes(self._files, teacher_document, cache_document, cache_bytes=cache_bytes)
+
+
+def _blocks(indexes: Sequence[int]) -> list[Sequence[int]]:
+    return [indexes[start : start + _RECORDS_AT_ONCE] for start in range(0, len(indexes), _RECORDS_AT_ONCE)]
 
 
 def _mismatch(place: Place, ours: CacheDocument, theirs: CacheDocument) -> str:
