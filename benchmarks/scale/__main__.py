@@ -37,10 +37,11 @@ def main(names: Annotated[list[str] | None, typer.Argument(help="Parts to measur
         document["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         document["load"] = {**document.get("load", {}), name: os.getloadavg()[1]}
         RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-    document["paper"] = paper.on_paper(document["records"])
+    if "records" in document:
+        document["paper"] = paper.on_paper(document["records"])
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     page = PAGE.read_text()
-    for name in (*PARTS, "paper"):
+    for name in document.keys() & {*PARTS, "paper"}:
         page = filled(page, name, table(document[name]))
     PAGE.write_text(page)
 

@@ -27,7 +27,7 @@ def _measure(count: int) -> dict[str, Any]:
     try:
         store = CacheStore.at(folder / "cache")
         table = ExampleTable(
-            example_ids=np.array([f"train/n{number % 1000:08d}/{number:012d}.jpeg" for number in range(count)]),
+            example_ids=np.array([_example_id(number) for number in range(count)], dtype=object),
             first_row=np.arange(count, dtype=np.int64),
             num_rows=np.ones(count, dtype=np.int32),
         )
@@ -48,3 +48,7 @@ def _measure(count: int) -> dict[str, Any]:
         }
     finally:
         shutil.rmtree(folder)
+
+
+def _example_id(number: int) -> str:
+    return f"train/n{number % 1000:08d}/{number:012d}.jpeg"

@@ -27,7 +27,7 @@ NUM_RECORDS = (1_000, 10_000, 100_000)
 NUM_PUBLISHED = 1_000
 NUM_CLASSES = 1_000
 SHARD_ROWS = 8
-"""Few: it is the number of shards that costs. Histograms of real shards are longer: see `record_bytes` of a real one."""
+"""Few: it is the number of shards that costs."""
 ROUNDS = 3
 
 
