@@ -25,14 +25,20 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 
-def main(names: Annotated[list[str] | None, typer.Argument(help="Parts to measure; all by default.")] = None) -> None:
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Parts to measure; all by default.")] = None,
+    *,
+    page: Annotated[
+        bool, typer.Option(help="Measure nothing: write the page from the figures that are there.")
+    ] = False,
+) -> None:
     """Measure some parts; the others keep the figures that they had."""
     unknown = set(names or ()) - PARTS.keys()
     if unknown:
         raise typer.BadParameter(f"there is no part {sorted(unknown)}; there are {sorted(PARTS)}")
     torch.set_num_threads(1)
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in names or PARTS:
+    for name in () if page else names or PARTS:
         document[name] = PARTS[name]()
         document["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         document["load"] = {**document.get("load", {}), name: os.getloadavg()[1]}
@@ -40,10 +46,10 @@ def main(names: Annotated[list[str] | None, typer.Argument(help="Parts to measur
     if "records" in document:
         document["paper"] = paper.on_paper(document["records"])
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-    page = PAGE.read_text()
+    text = PAGE.read_text()
     for name in document.keys() & {*PARTS, "paper"}:
-        page = filled(page, name, table(document[name]))
-    PAGE.write_text(page)
+        text = filled(text, name, table(document[name]))
+    PAGE.write_text(text)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,9 +19,9 @@ from kdcache.documents import DaskLocal, ExecutorSpec, InProcess
 
 WORKERS = (1, 2, 4)
 NUM_CLASSES = 1_000
-NUM_ROWS = 32_768
+NUM_ROWS = 16_384
 SHARD_ROWS = 1_024
-NUM_TRIVIAL_TASKS = 400
+NUM_TRIVIAL_TASKS = 200
 
 
 class Trivial(nn.Module):
