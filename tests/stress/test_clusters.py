@@ -133,6 +133,7 @@ def test_a_task_that_runs_on_two_workers_at_once_leaves_one_shard_and_one_record
     teacher = Together(notes)
     work = begun(folder, teacher)
     with Client(cluster.address, set_as_default=False) as client:
+        client.wait_for_workers(2)
         parcel = dask_cluster._Parcel.of(work)
         futures = [
             client.submit(dask_cluster._run_span, parcel, "a", [1], pure=False, workers=[worker])
