@@ -21,6 +21,7 @@ from benchmarks import (
     open_cache,
     precision,
     rate_control,
+    scale,
     targets,
 )
 from benchmarks.streaming import step
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "ranks": rate_control.run_ranks,
     "samples": rate_control.run_samples,
     "fidelity": fidelity.run,
+    "scale": scale.run,
     "precision": precision.run,
     "targets": targets.run,
     "below": bytes_below.run,

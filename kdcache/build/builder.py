@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kdcache.build.draft import Address, Draft, PlanOptions, Teachers, as_codec, make_draft
 from kdcache.build.executors import Executor, open_executor
 from kdcache.build.finalise import finalise
+from kdcache.build.memory import TaskMemory
 from kdcache.build.pilot import Forecast, Pilot
 from kdcache.build.plan import Merge, chunk_rows_of, refuse_other_plan
 from kdcache.build.task import remaining_shards
@@ -33,12 +34,15 @@ class BuildProgress:
         The stored teacher the last step was about.
     done_rows, total_rows : int
         Rows of all stored teachers that are published, and that there are.
+    task_memory : TaskMemory, optional
+        What a task takes at its peak, of the teacher that takes most: told as tasks begin, where a pilot has run.
     """
 
     stage: Literal["pilot", "tasks", "finalise"]
     teacher: str
     done_rows: int
     total_rows: int
+    task_memory: TaskMemory | None = None
 
 
 def build_cache(
@@ -185,13 +189,13 @@ def plan_cache(
 
 
 def _carry_out(draft: Draft, executor: Executor, report: Callable[[BuildProgress], None]) -> None:
-    _publish_plan(draft, executor, report)
+    memory = _publish_plan(draft, executor, report)
     names = [stored.name for stored in draft.work.teachers]
     cache = draft.plan.cache
     tasks = {name: remaining_shards(draft.store, cache, name) for name in names}
     total = cache.num_rows * cache.num_views * len(names)
     done = total - sum(cache.rows_in_shard(shard) for shards in tasks.values() for shard in shards)
-    report(BuildProgress("tasks", names[0], done, total))
+    report(BuildProgress("tasks", names[0], done, total, memory))
 
     def on_record(record: Record) -> None:
         nonlocal done
@@ -203,8 +207,10 @@ def _carry_out(draft: Draft, executor: Executor, report: Callable[[BuildProgress
     report(BuildProgress("finalise", names[-1], done, total))
 
 
-def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgress], None]) -> None:
+def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgress], None]) -> TaskMemory | None:
     """Run the pilots that are missing, then write plan, root, examples, index and teachers, in this order.
+
+    Gives what a task takes, where a pilot has run.
 
     All pilots run before the first write, so that a teacher that cannot be cached leaves nothing behind.
     """
@@ -223,6 +229,8 @@ def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgr
     store.write_index(table)
     for stored in draft.work.teachers:
         _publish_teacher(draft, stored, pilots.get(stored.name))
+    stated = [pilot.forecast.memory for pilot in pilots.values() if pilot.forecast.memory is not None]
+    return max(stated, key=lambda memory: memory.task_bytes, default=None)
 
 
 def example_table(transfer_set: TransferSet) -> ExampleTable:

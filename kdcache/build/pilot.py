@@ -17,6 +17,7 @@ from kdcache.build.candidates import Candidate
 from kdcache.build.curve import further_candidates
 from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.masks import count_other_masks
+from kdcache.build.memory import TaskMemory, task_memory
 from kdcache.build.rate_control import choose_codec
 from kdcache.build.refusals import naming_rows, refuse_probabilities
 from kdcache.build.rows import BatchKey, RowMap
@@ -80,6 +81,8 @@ class TeacherForecast:
         Every codec that was measured, the one chosen among them; of a plan also other steps of its basis.
     num_other_masks : int
         Rows of the pilot that mask (-inf) other classes than most of its rows do.
+    memory : TaskMemory, optional
+        What a task takes at its peak.
     """
 
     name: str
@@ -92,6 +95,7 @@ class TeacherForecast:
     encode_seconds_per_row: float
     points: tuple[RatePoint, ...]
     num_other_masks: int = 0
+    memory: TaskMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
         encode_seconds_per_row=chosen.encode_seconds_per_row,
         points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
         num_other_masks=count_other_masks(logits) if isinstance(logits, Tensor) else 0,
+        memory=task_memory(inputs.row_map, chosen.codec, chosen.parameters, logits),
     )
     return Pilot(chosen.codec, dict(chosen.parameters), forecast, kept.logits)
 

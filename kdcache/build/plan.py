@@ -30,6 +30,10 @@ CHUNK_BYTES = 2**18
 """Raw bytes of an inner chunk, about: small enough for scattered reads, large enough to compress."""
 SHARD_BYTES = 2**24
 """Raw bytes of a shard, about: one stored object."""
+LARGEST_SHARD_BYTES = 2**27
+"""Raw bytes of a shard of a cache that would have more than `MANY_SHARDS` otherwise."""
+MANY_SHARDS = 2**16
+"""Shards a teacher beyond which shards are made larger: each costs two objects, and time whenever all are counted."""
 SHARD_LOGITS_BYTES = 2**29
 """Float32 bytes of a shard's logits at most: what a task holds in memory."""
 MAX_CHUNK_ROWS = 4096
@@ -84,7 +88,7 @@ def choose_layout(
             raise ShapeError(f"{name} is {given}; at least 1 is needed. Nothing was written")
     row_bytes = _row_bytes(codec, num_classes)
     few = _power_of_two_from(-(-num_rows // MIN_SHARDS))
-    by_size = min(SHARD_BYTES // row_bytes, SHARD_LOGITS_BYTES // (4 * num_classes), 2**20)
+    by_size = min(_shard_bytes(row_bytes, num_rows) // row_bytes, SHARD_LOGITS_BYTES // (4 * num_classes), 2**20)
     if shard_rows is None:
         shard_rows = min(_power_of_two_to(by_size), few)
         shard_rows = max(shard_rows, 1) if chunk_rows is None else -(-shard_rows // chunk_rows) * chunk_rows
@@ -266,6 +270,14 @@ def _row_bytes(codec: PlannedCodec, num_classes: int) -> int:
         return 2 * (min(num_classes, USUAL_COMPONENTS) + 1)
     made = codec_for(codec, num_classes)
     return made.num_columns * np.dtype(made.storage_dtype).itemsize
+
+
+def _shard_bytes(row_bytes: int, num_rows: int) -> int:
+    """Choose the raw bytes of a shard, about: more where there would be very many."""
+    num_bytes = SHARD_BYTES
+    while num_bytes < LARGEST_SHARD_BYTES and num_rows * row_bytes > MANY_SHARDS * num_bytes:
+        num_bytes *= 2
+    return num_bytes
 
 
 def _may_have_basis(codec: PlannedCodec) -> bool:

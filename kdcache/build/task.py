@@ -10,7 +10,6 @@ __all__ = [
     "Destination",
     "certify",
     "certify_codes",
-    "is_done",
     "measure_every_row",
     "publish_shard",
     "remaining_shards",
@@ -21,7 +20,7 @@ import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from kdcache.build.failures import FailedShard
 from kdcache.build.inference import BatchLogits, shard_logits
 from kdcache.build.refusals import ROW
 from kdcache.build.rows import RowMap
@@ -54,8 +54,14 @@ from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument,
 from kdcache.errors import CodecError, CorruptCacheError, NonFiniteLogitsError
 from kdcache.store import CacheStore
 
+ENCODING_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Shards of a process that are encoded and written at once, while the teacher goes on with the next."""
+
 HASHING_THREADS = 8
-"""Published shards read and hashed at once when a build is resumed."""
+"""Published shards looked at once when a build is resumed."""
+
+RESUMED_BYTES = 2**34
+"""Published bytes whose digests are checked when a build is resumed: half a minute of a disk, or of an object store."""
 
 MEASURED_ELEMENTS = 2**21
 """Logits of a shard whose KL is measured at most; every row's error range is always measured."""
@@ -88,25 +94,50 @@ class Destination:
 
 def run_tasks(
     destination: Destination, batches: BatchLogits, row_map: RowMap, shard_indices: Sequence[int]
-) -> Iterator[Record]:
-    """Run the tasks of several shards, and yield each record once its shard is published.
+) -> Iterator[Record | FailedShard]:
+    """Run the tasks of several shards, and yield each record once its shard is published, or what stopped it.
 
     Inference goes on while earlier shards are encoded and written by other threads.
     """
-    num_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
-    waiting: deque[Future[Record]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-encode") as pool:
+    name = destination.teacher.name
+    waiting: deque[tuple[int, Future[Record]]] = deque()
+    with ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="kdcache-encode") as pool:
         try:
-            for shard_index, logits in shard_logits(batches, row_map, shard_indices):
+            for shard_index, logits in _logits_of_each(name, batches, row_map, shard_indices):
+                if isinstance(logits, FailedShard):
+                    yield logits
+                    continue
                 name_row = functools.partial(batches.name_row, shard_index)
-                waiting.append(pool.submit(publish_shard, destination, shard_index, logits, name_row))
-                while len(waiting) > num_threads or (waiting and waiting[0].done()):
-                    yield waiting.popleft().result()
+                waiting.append((shard_index, pool.submit(publish_shard, destination, shard_index, logits, name_row)))
+                while len(waiting) > ENCODING_THREADS or (waiting and waiting[0][1].done()):
+                    yield _outcome(name, *waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _outcome(name, *waiting.popleft())
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
+
+
+def _logits_of_each(
+    name: str, batches: BatchLogits, row_map: RowMap, shard_indices: Sequence[int]
+) -> Iterator[tuple[int, Logits | FailedShard]]:
+    """Yield each shard's logits, or what stopped the teacher, which begins anew with the next shard."""
+    remaining = sorted(shard_indices)
+    while remaining:
+        try:
+            for shard_index, logits in shard_logits(batches, row_map, remaining):
+                remaining = remaining[1:]
+                yield shard_index, logits
+        except Exception as error:  # noqa: BLE001 - whatever the user's dataset or teacher raises
+            failed, *remaining = remaining
+            yield failed, FailedShard(name, failed, error)
+
+
+def _outcome(name: str, shard_index: int, future: Future[Record]) -> Record | FailedShard:
+    try:
+        return future.result()
+    except Exception as error:  # noqa: BLE001 - it is raised once the other shards are built
+        return FailedShard(name, shard_index, error)
 
 
 @torch.inference_mode()
@@ -314,19 +345,11 @@ def _smallest_finite(logits: Tensor) -> float:
     return float(logits.masked_fill(logits.isneginf(), torch.inf).min())
 
 
-def is_done(store: CacheStore, cache: CacheDocument, teacher: str, shard_index: int, record: Record | None) -> bool:
-    """Tell whether a shard's record stands and its digest is that of the stored bytes."""
-    if record is None or record.num_rows != cache.rows_in_shard(shard_index):
-        return False
-    try:
-        data = store.shard_bytes(teacher, shard_index)
-    except (FileNotFoundError, CorruptCacheError):
-        return False
-    return hashlib.sha256(data).hexdigest() == record.sha256
-
-
 def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> list[int]:
     """List the shards of a teacher that are not done: the plan minus what is published and intact.
+
+    Every published shard's size is held against its record, and the digests of `RESUMED_BYTES` of them, evenly spread:
+    `kdcache verify` reads all, which for terabytes takes hours.
 
     Raises
     ------
@@ -335,9 +358,10 @@ def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> l
     """
     records = store.records(teacher)
     missing = [shard for shard in range(cache.num_shards) if shard not in records]
-    published = [shard for shard in sorted(records) if shard < cache.num_shards]
+    published = {shard: records[shard] for shard in sorted(records) if shard < cache.num_shards}
+    hashed = _evenly_spread(published, RESUMED_BYTES)
     with ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="kdcache-hash") as pool:
-        done = pool.map(lambda shard: is_done(store, cache, teacher, shard, records[shard]), published)
+        done = pool.map(lambda shard: _is_intact(store, cache, published[shard], whole=shard in hashed), published)
         bad = [shard for shard, intact in zip(published, done, strict=True) if not intact]
     if bad:
         raise CorruptCacheError(
@@ -346,3 +370,24 @@ def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> l
             f"JOB`, or `kdcache repair {store.address}` and then the same build, drops them and builds only them anew"
         )
     return missing
+
+
+def _evenly_spread(records: Mapping[int, Record], max_bytes: int) -> set[int]:
+    """Choose shards, evenly spread, that are together of about so many bytes at most; all where they are fewer."""
+    total = sum(record.num_bytes for record in records.values())
+    step = max(1, -(-total // max_bytes))
+    return set(list(records)[::step])
+
+
+def _is_intact(store: CacheStore, cache: CacheDocument, record: Record, *, whole: bool) -> bool:
+    """Tell whether a shard stands as its record says: its size, and if the whole of it is read, its digest."""
+    teacher, shard_index = record.teacher, record.shard_index
+    if record.num_rows != cache.rows_in_shard(shard_index):
+        return False
+    if not whole:
+        return store.shard_size(teacher, shard_index) == record.num_bytes
+    try:
+        data = store.shard_bytes(teacher, shard_index)
+    except (FileNotFoundError, CorruptCacheError):
+        return False
+    return hashlib.sha256(data).hexdigest() == record.sha256

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdcache.build.failures import FailedShard
 from kdcache.build.inference import BatchLogits, Inputs
 from kdcache.build.rows import BatchKey, RowMap
 from kdcache.build.task import Destination, run_tasks
@@ -89,8 +90,8 @@ class Work:
         """Find a stored teacher by its name."""
         return next(teacher for teacher in self.teachers if teacher.name == name)
 
-    def run(self, name: str, shard_indices: Sequence[int]) -> Iterator[Record]:
-        """Run one teacher's tasks for several shards in this process, yielding each record."""
+    def run(self, name: str, shard_indices: Sequence[int]) -> Iterator[Record | FailedShard]:
+        """Run one teacher's tasks for several shards in this process, yielding each record, or what stopped it."""
         store = CacheStore.at(self.address)
         document = store.teacher(name)
         if document is None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from kdcache import jobs
 from kdcache.build import BuildProgress, build_job, plan_job, read_status
-from kdcache.cli.forecast import plot_forecast, print_forecast
+from kdcache.cli.forecast import memory_in_words, plot_forecast, print_forecast
 from kdcache.cli.output import (
     Json,
     Threads,
@@ -74,6 +74,8 @@ def build(
     with progress_bar("rows") as show:
 
         def on_progress(step: BuildProgress) -> None:
+            if step.task_memory is not None and not json:
+                say(memory_in_words(step.task_memory))
             show(f"{step.stage} {step.teacher}", step.done_rows, step.total_rows)
 
         cache = build_job(loaded, executor=executor, add_teachers=add_teachers, on_progress=on_progress)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["advice", "forecast_as_json", "plot_forecast", "print_forecast"]
+__all__ = ["advice", "forecast_as_json", "memory_in_words", "plot_forecast", "print_forecast"]
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from kdcache.build import Forecast, TeacherForecast
 from kdcache.build.candidates import MIN_ROWS_FOR_BASIS
 from kdcache.build.curve import WIDE_BASIS_BYTES, break_even_rows, is_uint8_codes, spectral_parameter_bytes
+from kdcache.build.memory import TaskMemory
 from kdcache.build.pilot import RatePoint
 from kdcache.cli.output import console, print_json, readable_bytes, readable_seconds, say, sizes_in_words
 from kdcache.documents import (
@@ -118,6 +120,19 @@ def print_forecast(forecast: Forecast, *, json: bool) -> None:
         num_teachers=max(1, len(forecast.teachers)),
     )
     say(f"forecast: {sizes}; {readable_seconds(forecast.seconds)} in this process; nothing was written")
+    stated = [item.memory for item in forecast.teachers if item.memory is not None]
+    if stated:
+        say(memory_in_words(max(stated, key=lambda memory: memory.task_bytes)))
+
+
+def memory_in_words(memory: TaskMemory) -> str:
+    """Write what a process that runs tasks takes at its peak."""
+    return (
+        f"memory: a process that runs tasks takes up to {readable_bytes(memory.task_bytes)} beside its teacher's "
+        f"weights and activations (logits {readable_bytes(memory.logits_bytes)}, coding "
+        f"{readable_bytes(memory.coding_bytes)}, encoded shards {readable_bytes(memory.encoded_bytes)}, parameters "
+        f"{readable_bytes(memory.parameter_bytes)}); the pilot's logits {readable_bytes(memory.pilot_bytes)}"
+    )
 
 
 def forecast_as_json(forecast: Forecast) -> dict[str, Any]:
@@ -130,6 +145,11 @@ def forecast_as_json(forecast: Forecast) -> dict[str, Any]:
         "hours": forecast.seconds / 3600,
         "teachers": [_teacher_as_json(forecast, item) for item in forecast.teachers],
     }
+
+
+def memory_as_json(memory: TaskMemory) -> dict[str, int]:
+    """Give what a task takes, as JSON holds it."""
+    return {**dataclasses.asdict(memory), "task_bytes": memory.task_bytes}
 
 
 def plot_forecast(forecast: Forecast, path: Path) -> Path:
@@ -165,6 +185,7 @@ def _teacher_as_json(forecast: Forecast, item: TeacherForecast) -> dict[str, Any
         ],
         "break_even_rows": _break_even(forecast, item),
         "advice": list(_advice_of(forecast, item)),
+        "memory": None if item.memory is None else memory_as_json(item.memory),
     }
 
 

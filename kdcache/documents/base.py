@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kdcache.documents.json_text import json_text
 from kdcache.documents.problems import WORDS, joined, problems_of
 from kdcache.errors import DocumentError, Problem
 
@@ -132,7 +133,7 @@ class Document(BaseModel, metaclass=_DocumentType):
 
     def to_json(self) -> bytes:
         """Give the document as JSON with sorted keys: equal documents give equal bytes."""
-        return (json.dumps(self.to_mapping(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+        return (json_text(self.to_mapping()) + "\n").encode()
 
     def digest(self) -> str:
         """SHA-256 of `to_json`, in hexadecimal."""

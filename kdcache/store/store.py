@@ -31,7 +31,7 @@ from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
 from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
-from kdcache.store.sizes import ASKING_THREADS, CacheSizes, sizes_of
+from kdcache.store.sizes import CacheSizes, sizes_of
 from kdcache.store.teachers import (
     PublishedShard,
     check_codes,
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     import zarr
 
     from kdcache.store.parquet import ExampleColumns
+
+_READING_THREADS = 32
+"""Records read at once: on an object store each costs a few round trips, and next to no work."""
+
+_RECORDS_AT_ONCE = 16
 
 
 class CacheStore:
@@ -400,12 +405,20 @@ class CacheStore:
         return record
 
     def records(self, name: str) -> dict[int, Record]:
-        """Read all records of a teacher, by shard index, ascending."""
+        """Read all records of a teacher, by shard index, ascending; many at a time."""
         names = [key.rsplit("/", 1)[1].removesuffix(".json") for key in self._objects.list(layout.records_folder(name))]
         indexes = sorted(int(text) for text in names if text.isdecimal())
-        with ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="kdcache-records") as pool:
-            found = pool.map(lambda index: self.record(name, index), indexes)
-            return {index: record for index, record in zip(indexes, found, strict=True) if record is not None}
+        with ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="kdcache-records") as pool:
+            found = pool.map(functools.partial(self._records_of, name), _blocks(indexes))
+            return {index: record for block in found for index, record in block}
+
+    def _records_of(self, name: str, shard_indices: Sequence[int]) -> list[tuple[int, Record]]:
+        found = [(index, self.record(name, index)) for index in shard_indices]
+        return [(index, record) for index, record in found if record is not None]
+
+    def shard_size(self, name: str, shard_index: int) -> int | None:
+        """Give the size in bytes of a shard as it stands; None where there is none."""
+        return self._objects.size(layout.shard_key(name, shard_index))
 
     # Completion ------------------------------------------------------------------------------------------------------
 
@@ -492,6 +505,10 @@ class CacheStore:
         """
         record_of = functools.partial(self.record, teacher_document.name) if by_record else None
         return open_codes(self._files, teacher_document, cache_document, cache_bytes=cache_bytes, record_of=record_of)
+
+
+def _blocks(indexes: Sequence[int]) -> list[Sequence[int]]:
+    return [indexes[start : start + _RECORDS_AT_ONCE] for start in range(0, len(indexes), _RECORDS_AT_ONCE)]
 
 
 def _mismatch(place: Place, ours: CacheDocument, theirs: CacheDocument) -> str:

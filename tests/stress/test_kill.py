@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from dask_processes import running
 
 from kdcache import open_cache, verify_cache
 from kdcache.errors import IncompleteCacheError
@@ -82,3 +83,72 @@ def test_a_local_cluster_outlives_a_killed_worker_with_equal_data(tmp_path, undi
     assert flag.exists()
     assert result["data_digest"] == undisturbed
     assert verify_cache(tmp_path / "cache").is_sound
+
+
+@pytest.mark.slow
+def test_a_killed_driver_of_a_local_cluster_loses_nothing_and_leaves_no_worker(tmp_path, undisturbed):
+    job = write_job(tmp_path, "cache")
+    process = build(job, "--workers", "2")
+    wait_for_records(tmp_path / "cache", 5, process)
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert workers
+    assert wait_until_gone(workers, seconds=60) == set()
+    assert finish(build(job, "--workers", "2"))["data_digest"] == undisturbed
+    assert verify_cache(tmp_path / "cache").is_sound
+
+
+@pytest.mark.slow
+def test_a_killed_driver_of_a_running_cluster_loses_nothing(tmp_path, undisturbed):
+    job = write_job(tmp_path, "cache")
+    with running(tmp_path / "cluster") as cluster:
+        process = build(job, "--dask", cluster.address)
+        wait_for_records(tmp_path / "cache", 5, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert finish(build(job, "--dask", cluster.address))["data_digest"] == undisturbed
+    assert verify_cache(tmp_path / "cache").is_sound
+
+
+@pytest.mark.slow
+def test_a_killed_scheduler_ends_the_command_as_incomplete_and_another_cluster_finishes(tmp_path, undisturbed):
+    job = write_job(tmp_path, "cache")
+    with running(tmp_path / "cluster") as cluster:
+        process = build(job, "--dask", cluster.address)
+        wait_for_records(tmp_path / "cache", 5, process)
+        cluster.scheduler.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "was lost" in json.loads(errors.splitlines()[-1])["message"]
+    with running(tmp_path / "another") as cluster:
+        assert finish(build(job, "--dask", cluster.address))["data_digest"] == undisturbed
+    assert verify_cache(tmp_path / "cache").is_sound
+
+
+def children_of(pid: int) -> set[int]:
+    """The processes below one, at any depth."""
+    found, seen = {pid}, set()
+    while found:
+        seen |= found
+        lists = (path.read_text() for one in found for path in Path(f"/proc/{one}/task").glob("*/children"))
+        found = {int(text) for line in lists for text in line.split()} - seen
+    return seen - {pid}
+
+
+def wait_until_gone(pids: set[int], *, seconds: float) -> set[int]:
+    """Wait for processes to end; gives those that did not."""
+    deadline = time.monotonic() + seconds
+    left = pids
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left = {pid for pid in left if is_running(pid)}
+    return left
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process lives; one that has ended and is not yet fetched does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

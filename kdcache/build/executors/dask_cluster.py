@@ -1,13 +1,13 @@
 """Tasks on a Dask cluster: one on this machine, one by address, or one asked of a batch system.
 
 Dask is trusted with nothing but running functions. A worker's death can run a task twice or lose it; both are harmless,
-because a shard is published first-writer-wins and completion is read from the store. Work that was lost with its
-workers is submitted again, as long as each round gets something done.
+because a shard is published first-writer-wins and completion is read from the store. What becomes of work that is lost
+with its workers says `rounds`.
 """
 
 from __future__ import annotations
 
-__all__ = ["DaskExecutor", "spans"]
+__all__ = ["DaskExecutor"]
 
 import contextlib
 import importlib
@@ -16,6 +16,7 @@ import secrets
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
@@ -24,18 +25,21 @@ from typing import Any, Self
 import cloudpickle
 import dask
 import torch
-from distributed import Client, LocalCluster, as_completed, get_worker
-from distributed.client import FutureCancelledError
-from distributed.scheduler import KilledWorker
+from distributed import Client, Future, LocalCluster, get_worker
 
+from kdcache.build.executors.flight import Flight, Loss, Patience
+from kdcache.build.executors.rounds import Rounds
+from kdcache.build.failures import FailedShard
 from kdcache.build.pilot import Pilot, run_pilot
 from kdcache.build.work import Work
 from kdcache.documents import DaskCluster, DaskJobqueue, DaskLocal, Record
-from kdcache.errors import ExecutorError, MissingExtraError
-from kdcache.store import CacheStore
+from kdcache.errors import ExecutorError, MissingExtraError, TeacherError
 
-MAX_FRUITLESS_ROUNDS = 3
-"""Rounds of resubmission without a single new shard after which the build gives up."""
+ALLOWED_FAILURES = 1
+"""Deaths that Dask overlooks before it gives a task up, on clusters that are started here; the next one is counted."""
+
+MAX_LOST_PILOTS = 3
+"""Times that a pilot is lost with its worker before the build gives up."""
 
 CONNECT_SECONDS = 20.0
 """How long a scheduler is waited for."""
@@ -61,11 +65,11 @@ class DaskExecutor:
 
     def __enter__(self) -> Self:
         """Connect to the cluster, starting it where it is ours."""
-        # daemonic workers could not start the processes that load examples (num_workers)
-        self._stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
-        self._client = self._stack.enter_context(open_client(self._spec))
+        self._stack.enter_context(dask.config.set(_settings()))
         try:
-            self._wait_for_worker()
+            self._client = self._stack.enter_context(open_client(self._spec))
+            self._flight = Flight(self._client, self._resources, self._patience)
+            self._flight.wait_for_workers()
         except BaseException:
             self._stack.close()
             raise
@@ -77,104 +81,71 @@ class DaskExecutor:
         """Disconnect, and stop the cluster where it is ours."""
         self._stack.close()
 
-    def _wait_for_worker(self) -> None:
-        """Wait for a first worker: a batch system's as long as it takes, a running cluster's for a while."""
-        timeout = None if isinstance(self._spec, DaskJobqueue) else WORKER_SECONDS
-        try:
-            self._client.wait_for_workers(1, timeout=timeout)
-        except TimeoutError as error:
-            raise ExecutorError(
-                f"the Dask scheduler has no workers, and none came within {WORKER_SECONDS:.0f} seconds; nothing was "
-                "written by this run. Start some (`dask worker ADDRESS`) and run the same command again"
-            ) from error
-
     def pilot(self, work: Work, name: str, *, with_curve: bool = False) -> Pilot:
         """Run the pilot on a worker, on another one where the first is lost."""
-        lost: Exception | None = None
-        for _ in range(MAX_FRUITLESS_ROUNDS):
-            sent = self._client.scatter(_Parcel.of(work), broadcast=True, hash=False)
-            future = self._client.submit(_run_pilot, sent, name, with_curve, pure=False, resources=self._resources)
-            try:
-                pilot: Pilot = future.result()
-            except (KilledWorker, FutureCancelledError) as error:
-                lost = error
-            else:
-                return pilot
+        sent = self._sent(work)
+
+        def send(_: int) -> Future[Any]:
+            return self._submit(_run_pilot, sent, name, with_curve)
+
+        outcomes = self._flight.outcomes(range(MAX_LOST_PILOTS), send, lambda _: 1)
+        with contextlib.closing(outcomes):
+            for _, outcome in outcomes:
+                if isinstance(outcome, Pilot):
+                    return outcome
+                lost: Loss = outcome
         raise ExecutorError(
-            f"the pilot of teacher {name!r} was lost with its workers {MAX_FRUITLESS_ROUNDS} times: {lost}. Nothing of "
+            f"the pilot of teacher {name!r} was lost with its workers {MAX_LOST_PILOTS} times: {lost.said}. Nothing of "
             "this teacher was written. Look at the workers' logs (memory?), then run the same command again"
-        ) from lost
+        )
 
     def run(self, work: Work, tasks: Mapping[str, Sequence[int]], on_record: Callable[[Record], None]) -> None:
-        """Run all tasks; see `Executor.run`."""
+        """Run all tasks; see `Executor.run`.
+
+        Raises
+        ------
+        ExecutorError
+            Shards whose tasks kill their workers are in quarantine, or the cluster was lost.
+        Exception
+            The first error of a task, once all others are built.
+        """
         remaining = {(name, shard) for name, shards in tasks.items() for shard in shards}
         if not remaining:
             return
-        fruitless, last_loss = 0, ""
-        while remaining and fruitless < MAX_FRUITLESS_ROUNDS:
-            before = len(remaining)
-            last_loss = self._round(self._client, work, remaining, on_record) or last_loss
-            fruitless = fruitless + 1 if len(remaining) == before else 0
-        if remaining:
-            shown = ", ".join(f"{name}/{shard}" for name, shard in sorted(remaining)[:5])
-            raise ExecutorError(
-                f"cache {work.address}: {len(remaining)} shard(s) could not be built ({shown}, ...): workers were lost "
-                f"{MAX_FRUITLESS_ROUNDS} times in a row without finishing one. Last: {last_loss}. Everything "
-                "published is kept. Look at the workers' logs (memory?), then run the same command again"
-            )
+        sent = self._sent(work)
 
-    def _round(
-        self, client: Client, work: Work, remaining: set[tuple[str, int]], on_record: Callable[[Record], None]
-    ) -> str:
-        """Submit what remains once; take out of `remaining` what got done. Gives what was lost, in words."""
-        futures = self._submit(client, work, remaining)
-        lost = ""
-        for future in as_completed(futures, loop=client.loop):
-            try:
-                records = future.result()
-            except (
-                KilledWorker,
-                FutureCancelledError,
-            ) as error:  # even a finished task loses its result with its worker
-                lost = str(error)
-                continue
-            except BaseException:
-                client.cancel(futures)
-                raise
-            for record in records:
-                remaining.discard((record.teacher, record.shard_index))
-                on_record(record)
-        self._discard_published(work, remaining, on_record)
-        return lost
+        def send(name: str, shards: tuple[int, ...]) -> Future[Any]:
+            return self._submit(_run_span, sent, name, list(shards))
 
-    def _submit(self, client: Client, work: Work, remaining: set[tuple[str, int]]) -> list[Any]:
-        sent = client.scatter(_Parcel.of(work), broadcast=True, hash=False)
-        return [
-            client.submit(_run_span, sent, name, shards, pure=False, resources=self._resources)
-            for name, shards in spans(work, remaining)
-        ]
+        Rounds(work, remaining, self._flight, send, on_record).run()
+
+    def _sent(self, work: Work) -> Future[Any]:
+        """Hand the work to the cluster once, as a task's result: where it is lost, Dask makes it again.
+
+        Scattered data would be lost with the last worker that holds them.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph")
+            return self._client.submit(_parcel, _Parcel.of(work), pure=False)
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        return self._client.submit(function, *arguments, pure=False, resources=self._resources)
 
     @property
     def _resources(self) -> dict[str, float] | None:
         return getattr(self._spec, "resources", None) or None
 
-    @staticmethod
-    def _discard_published(work: Work, remaining: set[tuple[str, int]], on_record: Callable[[Record], None]) -> None:
-        store = CacheStore.at(work.address)
-        for name, shard in sorted(remaining):
-            record = store.record(name, shard)
-            if record is not None:
-                remaining.discard((name, shard))
-                on_record(record)
+    @property
+    def _patience(self) -> Patience:
+        """Wait for a batch system's workers as long as it takes, for a running cluster's a while."""
+        return Patience(CONNECT_SECONDS, None if isinstance(self._spec, DaskJobqueue) else WORKER_SECONDS)
 
 
-def spans(work: Work, tasks: set[tuple[str, int]]) -> Iterator[tuple[str, list[int]]]:
-    """Group tasks into spans of neighbouring shards that fill at least one inference batch, so none runs twice much."""
-    per_span = max(1, -(-2 * work.plan.batch_size // work.plan.cache.shard_rows))
-    for name in sorted({name for name, _ in tasks}):
-        shards = sorted(shard for other, shard in tasks if other == name)
-        for start in range(0, len(shards), per_span):
-            yield name, shards[start : start + per_span]
+def _settings() -> dict[str, Any]:
+    """Give Dask's settings for clusters that are started here."""
+    overlooked = min(ALLOWED_FAILURES, dask.config.get("distributed.scheduler.allowed-failures"))
+    # daemonic workers could not start the processes that load examples (num_workers)
+    return {"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": overlooked}
 
 
 @contextlib.contextmanager
@@ -266,6 +237,11 @@ class _Parcel:
         return _OPENED[self.key]
 
 
+def _parcel(parcel: _Parcel) -> _Parcel:
+    """Run on a worker: hold the parcel for the tasks that ask for it."""
+    return parcel
+
+
 _OPENED: dict[str, Work] = {}
 _ONE_AT_A_TIME = threading.Lock()
 """A worker's threads share its teachers, and a teacher that one thread leaves gets its training mode back."""
@@ -278,9 +254,21 @@ def _run_pilot(parcel: _Parcel, name: str, with_curve: bool) -> Pilot:  # noqa: 
         return replace(run_pilot(work.stored_teacher(name), work.inputs, with_curve=with_curve), kept={})
 
 
-def _run_span(parcel: _Parcel, name: str, shard_indices: list[int]) -> list[Record]:
-    """Run on a worker: tasks of one teacher. Returns only the small records."""
+def _run_span(parcel: _Parcel, name: str, shard_indices: list[int]) -> list[Record | FailedShard]:
+    """Run on a worker: tasks of one teacher. Returns only the small records, and errors."""
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or get_worker().state.nthreads))
     with _ONE_AT_A_TIME:
-        return list(parcel.open().run(name, shard_indices))
+        return [_portable(outcome) for outcome in parcel.open().run(name, shard_indices)]
+
+
+def _portable(outcome: Record | FailedShard) -> Record | FailedShard:
+    """Put an error that cannot travel into words."""
+    if isinstance(outcome, Record):
+        return outcome
+    error = outcome.error.with_traceback(None)
+    try:
+        cloudpickle.loads(cloudpickle.dumps(error))
+    except Exception:  # noqa: BLE001 - an exception of any module can fail in any way to be made again
+        return replace(outcome, error=TeacherError(f"{type(error).__name__}: {error}"))
+    return outcome

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from kdcache.build.failures import FailedShard, Failures
 from kdcache.build.pilot import Pilot, run_pilot
 from kdcache.build.work import Work
 from kdcache.documents import Record
@@ -33,7 +34,12 @@ class InProcessExecutor:
 
     def run(self, work: Work, tasks: Mapping[str, Sequence[int]], on_record: Callable[[Record], None]) -> None:
         """Run all tasks; see `Executor.run`."""
+        failures = Failures(sum(len(shards) for shards in tasks.values()))
         for name, shard_indices in tasks.items():
-            if shard_indices:
-                for record in work.run(name, shard_indices):
-                    on_record(record)
+            for outcome in work.run(name, shard_indices) if shard_indices else ():
+                if isinstance(outcome, FailedShard):
+                    failures.add(outcome)
+                else:
+                    failures.note_success()
+                    on_record(outcome)
+        failures.raise_first()

@@ -37,16 +37,16 @@ def plan(transfer_set: TransferSet | None = None, names: str = "ab", **options):
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "layout"),
+    ("num_classes", "num_rows", "layout"),
     [
-        (10, Layout(1_048_576, 4096)),
-        (1_000, Layout(16_384, 256)),
-        (49_152, Layout(256, 4)),
-        (262_144, Layout(32, 1)),
+        (10, MANY_ROWS, Layout(1_048_576, 4096)),
+        (1_000, MANY_ROWS, Layout(16_384, 256)),
+        (49_152, 10**6, Layout(256, 4)),
+        (262_144, 10**6, Layout(32, 1)),
     ],
 )
-def test_rows_of_shards_and_chunks_follow_from_the_classes(num_classes, layout):
-    assert choose_layout(Codes(), num_classes=num_classes, num_rows=MANY_ROWS) == layout
+def test_rows_of_shards_and_chunks_follow_from_the_classes(num_classes, num_rows, layout):
+    assert choose_layout(Codes(), num_classes=num_classes, num_rows=num_rows) == layout
 
 
 CODECS = [Codes(), Codes(dtype="uint16"), Lossless(), Lossless(dtype="bfloat16")]
@@ -77,7 +77,8 @@ def test_a_shards_float_logits_fit_in_half_a_gibibyte(chosen, num_classes):
     assert chosen.shard_rows * num_classes * 4 <= SHARD_LOGITS_BYTES
 
 
-def test_a_shard_takes_no_more_than_its_bytes(chosen, codec, num_classes):
+def test_a_shard_takes_no_more_than_its_bytes(codec, num_classes):
+    chosen = choose_layout(codec, num_classes=num_classes, num_rows=10**6)
     assert chosen.shard_rows * row_bytes(codec, num_classes) <= SHARD_BYTES
 
 
@@ -261,3 +262,17 @@ def test_teachers_are_not_added_with_other_options():
 def test_a_merged_cache_takes_no_further_teacher():
     with pytest.raises(PlanMismatchError, match="keeps only the mean of its members, so a teacher cannot be added"):
         extend_plan(plan(merge="geometric"), plan(merge="geometric", names="abc"))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shard_rows"),
+    [(10**8, 2**14), (10**9, 2**14), (2 * 10**9, 2**15), (10**10, 2**17), (10**12, 2**17)],
+    ids="{:g} rows".format,
+)
+def test_huge_caches_have_larger_shards_so_that_they_have_not_too_many(num_rows, shard_rows):
+    assert choose_layout(Codes(), num_classes=1000, num_rows=num_rows).shard_rows == shard_rows
+
+
+def test_shards_of_huge_caches_keep_a_tasks_logits_small():
+    layout = choose_layout(Codes(), num_classes=100_000, num_rows=10**12)
+    assert 4 * 100_000 * layout.shard_rows <= 2**29

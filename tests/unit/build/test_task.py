@@ -9,6 +9,7 @@ import torch
 from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_transfer_set
 
 from kdcache import Codes, Lossless, Spectral, TopK, open_cache, verify_cache
+from kdcache.build import task
 from kdcache.build.task import Destination, certify, certify_codes, publish_shard, remaining_shards
 from kdcache.codecs import LADDER, CodesCodec, Decoder, codec_for, error_range, measure, measure_codes, parameters_to
 from kdcache.errors import CodecError, CorruptCacheError
@@ -347,6 +348,29 @@ def finished(tmp_path):
     build_tiny(tmp_path / "cache", teachers={"a": TinyTeacher()}, codec=CODES)
     (tmp_path / "cache/complete.json").unlink()
     return tmp_path / "cache"
+
+
+def test_beyond_a_number_of_bytes_a_resumed_build_reads_evenly_spread_shards(finished, monkeypatch):
+    read, whole = [], CacheStore.shard_bytes
+
+    def noted(store, name, shard):
+        read.append(shard)
+        return whole(store, name, shard)
+
+    monkeypatch.setattr(CacheStore, "shard_bytes", noted)
+    monkeypatch.setattr(
+        task, "RESUMED_BYTES", sum(r.num_bytes for r in CacheStore.at(finished).records("a").values()) - 1
+    )
+    assert remaining(finished) == []
+    assert sorted(read) == [0, 2]
+
+
+def test_a_torn_shard_stops_a_resumed_build_that_does_not_read_it(finished, monkeypatch):
+    monkeypatch.setattr(task, "RESUMED_BYTES", 1)
+    shard = finished / "teachers/a/codes/c/1/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CorruptCacheError, match=r"1 shard\(s\) that no longer match their records: \[1\]"):
+        remaining(finished)
 
 
 def test_nothing_remains_of_a_finished_teacher(finished):
