@@ -76,3 +76,6 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # such as a file that may not be read; it names the file
+        print_error(error, as_json=as_json)
+        sys.exit(exit_code_of(error))

@@ -41,6 +41,7 @@ from kdcache.cache import SoftTargetCache
 from kdcache.documents import GIVEN
 from kdcache.errors import CorruptCacheError, DocumentError, ExecutorError, IncompleteCacheError, KdcacheError
 
+FAILED = 1
 BAD_INPUT = 2
 INCOMPLETE = 3
 CORRUPT = 4
@@ -57,8 +58,10 @@ console = Console()
 _errors = Console(stderr=True)
 
 
-def exit_code_of(error: KdcacheError) -> int:
-    """Tell bad input, incomplete and corrupt apart."""
+def exit_code_of(error: Exception) -> int:
+    """Tell bad input, incomplete and corrupt apart, and from failures of another kind."""
+    if not isinstance(error, KdcacheError):
+        return FAILED
     if isinstance(error, IncompleteCacheError | ExecutorError):
         return INCOMPLETE
     if isinstance(error, DocumentError):
@@ -66,7 +69,7 @@ def exit_code_of(error: KdcacheError) -> int:
     return CORRUPT if isinstance(error, CorruptCacheError) else BAD_INPUT
 
 
-def print_error(error: KdcacheError, *, as_json: bool) -> None:
+def print_error(error: Exception, *, as_json: bool) -> None:
     """Print an error on stderr."""
     if as_json:
         body = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}

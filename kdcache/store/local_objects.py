@@ -59,30 +59,33 @@ class LocalObjects:
     def publish(self, key: str, data: bytes) -> bool:
         """Store an object unless one stands under `key`; durable on return, True for the winner alone."""
         path = self._path(key)
-        if path.exists():
-            _sync_folder(path.parent)  # its writer may not have come as far as this
-            return False
-        with self._partial(path, data) as partial:
-            created = _link(partial, path)
-        _sync_folder(path.parent)
-        return created
+        with _writing(path):
+            if path.exists():
+                _sync_folder(path.parent)  # its writer may not have come as far as this
+                return False
+            with self._partial(path, data) as partial:
+                created = _link(partial, path)
+            _sync_folder(path.parent)
+            return created
 
     def replace(self, key: str, data: bytes) -> None:
         """Store an object in place of whatever stands under `key`, atomically; durable on return."""
         path = self._path(key)
-        with self._partial(path, data) as partial:
-            partial.replace(path)
-        _sync_folder(path.parent)
+        with _writing(path):
+            with self._partial(path, data) as partial:
+                partial.replace(path)
+            _sync_folder(path.parent)
 
     def delete(self, key: str) -> bool:
         """Remove an object; False when none stood there."""
         path = self._path(key)
-        try:
-            path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        _sync_folder(path.parent)
-        return True
+        with _writing(path):
+            try:
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            _sync_folder(path.parent)
+            return True
 
     def read(self, key: str) -> bytes:
         """Read a whole object; FileNotFoundError when none stands under `key`."""
@@ -168,6 +171,35 @@ class LocalObjects:
             yield partial
         finally:
             partial.unlink(missing_ok=True)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some room on the disk",
+    errno.EDQUOT: "Free some of the quota",
+    errno.EFBIG: "Raise the limit of the size of files (ulimit -f)",
+    errno.EROFS: "Give an address that can be written to",
+    errno.EACCES: "Have the folder's owner allow it, or give another address",
+    errno.EPERM: "Have the folder's owner allow it, or give another address",
+    errno.EEXIST: "A file stands where a folder should be: give another address",
+    errno.ENOTDIR: "A file stands where a folder should be: give another address",
+}
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Have a write that the system refuses say what stands and what to do."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        then = _REMEDIES.get(error.errno or 0, "See to the disk")
+        refused = StoreError(
+            f"{path} cannot be written: {error.strerror or error}. Nothing of it stands, and all that was published is "
+            f"kept. {then}, and run the same command again: it goes on from there"
+        )
+        refused.errno = error.errno
+        raise refused from error
 
 
 def _is_stale(path: pathlib.Path) -> bool:

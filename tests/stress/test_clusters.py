@@ -202,9 +202,10 @@ def overlaps(calls):
 # Schedulers -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow), pytest.param(signal.SIGSTOP, id="silent")],
+    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="silent")],
 )
 def test_a_lost_scheduler_is_an_error_after_a_while_and_costs_nothing_that_was_published(
     tmp_path, folder, notes, undisturbed, monkeypatch, how

@@ -74,9 +74,8 @@ def test_a_killed_build_is_finished_by_the_same_command_with_equal_data(tmp_path
     assert verify_cache(tmp_path / "cache").is_sound
 
 
-@pytest.mark.parametrize(
-    "at", [pytest.param(5, id="in the pilot", marks=pytest.mark.slow), pytest.param(24, id="in the tasks")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [pytest.param(5, id="in the pilot"), pytest.param(24, id="in the tasks")])
 def test_a_local_cluster_outlives_a_killed_worker_with_equal_data(tmp_path, undisturbed, at):
     flag = tmp_path / "killed"
     result = finish(build(write_job(tmp_path, "cache", flag=flag, at=at), "--workers", "2"))
