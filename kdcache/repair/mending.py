@@ -214,8 +214,6 @@ class Mending:
                 chosen = told[path] if told.get(path) in accepted else accepted[0]
                 yield self._write(key, to_json(chosen))
         index_parts = {layout.INDEX, *index_keys(self.standing.cache)} - {layout.metadata_key(path) for path in nodes}
-        if not index_parts.isdisjoint(plan.write) and not has_table:
-            yield self._write_index()
         if layout.ROOT in plan.write or plan.teachers:
             completed = [teachers[name] for name in self.standing.completed if name in teachers]
             nodes = expected_nodes(self.standing.cache, completed)
@@ -223,6 +221,8 @@ class Mending:
             if completed:
                 root = consolidated_root(CacheFiles(store.objects), self.standing.cache, nodes)
             yield self._write(layout.ROOT, to_json(root))
+        if not index_parts.isdisjoint(plan.write) and not has_table:  # behind the root, which says how many examples
+            yield self._write_index()
 
     def _write(self, key: str, data: bytes) -> Action:
         self._replace(key, data)

@@ -31,7 +31,7 @@ from kdcache.store import Objects, open_objects
 
 PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"
 NUM_EXAMPLES = 40
-FLIPS_A_FILE = 64
+FLIPS_A_FILE = 16
 _OPTIONS: dict[str, Any] = {"shard_rows": 16, "chunk_rows": 8, "batch_size": 16}
 _MARKS = ("<!-- table of faults -->", "<!-- end -->")
 

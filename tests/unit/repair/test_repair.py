@@ -366,3 +366,10 @@ def test_nothing_is_deleted_while_a_dry_run_looks(folder, monkeypatch):
         monkeypatch.setattr(LocalObjects, name, refuse)
     cut(folder / SHARD)
     repair(folder, dry_run=True)
+
+
+def test_a_lost_root_and_a_lost_part_of_the_index_are_both_written_anew(folder):
+    (folder / "zarr.json").unlink()
+    (folder / "index/fences/c/0/0").unlink()
+    kdcache.repair_cache(folder)
+    assert kdcache.verify_cache(folder).is_sound
