@@ -125,6 +125,11 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
     is_occupied = any(True for _ in store.objects.list(""))  # looked at before another builder's plan can come between
     plans = store.plans()
     if is_occupied and not plans:
+        if store.objects.size(layout.ROOT) is not None:
+            raise CacheExistsError(
+                f"{store.address} holds a cache whose plan is lost; nothing was written. `kdcache repair JOB`, with "
+                "this job file, or repair_cache with these teachers, writes the plan anew if it is that of the cache"
+            )
         raise CacheExistsError(
             f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"
         )

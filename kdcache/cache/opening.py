@@ -96,7 +96,7 @@ def _check_bound(
         raise CorruptCacheError(
             f"cache {store.address}: {', '.join(others)} is not what complete.json vouches for, so that rows would be "
             f"read as something else. Nothing was changed. Run `kdcache verify {store.address}` to see all damage; "
-            "bring the files back, or build the cache anew"
+            "`kdcache repair JOB`, with the cache's job file, writes anew what follows from other files or from the job"
         )
 
 

@@ -128,10 +128,10 @@ def print_forecast(forecast: Forecast, *, json: bool) -> None:
 def memory_in_words(memory: TaskMemory) -> str:
     """Write what a process that runs tasks takes at its peak."""
     return (
-        f"memory: a process that runs tasks takes up to {readable_bytes(memory.task_bytes)} beside its teacher's "
-        f"weights and activations (logits {readable_bytes(memory.logits_bytes)}, coding "
-        f"{readable_bytes(memory.coding_bytes)}, encoded shards {readable_bytes(memory.encoded_bytes)}, parameters "
-        f"{readable_bytes(memory.parameter_bytes)}); the pilot's logits {readable_bytes(memory.pilot_bytes)}"
+        f"memory: a process that runs tasks takes up to {readable_bytes(memory.task_bytes)} beside its imports (torch: "
+        f"about 250 MB) and its teacher's weights and activations (logits {readable_bytes(memory.logits_bytes)}, "
+        f"coding {readable_bytes(memory.coding_bytes)}, encoded shards {readable_bytes(memory.encoded_bytes)}, "
+        f"parameters {readable_bytes(memory.parameter_bytes)}); the pilot's logits {readable_bytes(memory.pilot_bytes)}"
     )
 
 

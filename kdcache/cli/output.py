@@ -72,10 +72,14 @@ def exit_code_of(error: Exception) -> int:
 def print_error(error: Exception, *, as_json: bool) -> None:
     """Print an error on stderr."""
     if as_json:
-        body = {"error": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}
+        body = {"error": type(error).__name__, "message": _in_full(error), "exit_code": exit_code_of(error)}
         sys.stderr.write(json.dumps(body) + "\n")
     else:
-        _errors.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", soft_wrap=True)
+        _errors.print(f"[red]{type(error).__name__}[/red]: {escape(_in_full(error))}", soft_wrap=True)
+
+
+def _in_full(error: Exception) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def say(text: str) -> None:

@@ -59,14 +59,16 @@ def repair(
 
 def _ask(target: str, *, json: bool) -> None:
     """Show what a repair would do, and ask."""
+    report = _run(target, dry_run=True)
+    if not report.actions:  # nothing would be taken away
+        return
     if json or not sys.stdin.isatty():
         raise OptionError(
             "a repair takes bad files away: see what it would do with --dry-run, and say --yes to do it without being "
             "asked. Nothing was changed"
         )
-    report = _run(target, dry_run=True)
     _print(report)
-    if report.actions and not typer.confirm("Go on?"):
+    if not typer.confirm("Go on?"):
         raise typer.Exit(_exit_code(report))
 
 
@@ -100,7 +102,8 @@ def _print(report: RepairReport) -> None:
         said = "mended" if report.actions else "nothing to mend"
         say(f"{address}: {said}; {'it is complete' if report.is_complete else 'it is not complete'}")
     if report.command is not None:
-        say(f"{address}: {report.num_missing_shards:,} shard(s) are to be built. Run `{escape(report.command)}`")
+        shards = f"{report.num_missing_shards:,} shard(s) are to be built. " if report.num_missing_shards else ""
+        say(f"{address} is not whole yet. {shards}Run `{escape(report.command)}`")
 
 
 def _exit_code(report: RepairReport) -> int:

@@ -287,8 +287,8 @@ class Mending:
     def _by_hand(self, item: Finding) -> str:
         if item.key.startswith(f"{layout.PLANS}/"):
             return (
-                "Bring the file back from a copy, or run the repair with the cache's job file. A finished cache reads "
-                "without it; no build goes on and no teacher is added."
+                "Run `kdcache repair JOB`, with the cache's job file, which may tell what it was; or bring the file "
+                "back from a copy."
             )
         if item.key.startswith(f"{layout.INDEX}/"):
             return "Move the file out of the cache."

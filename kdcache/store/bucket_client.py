@@ -217,9 +217,10 @@ class BucketClient:
         is_final = 400 <= status < 500 and status not in _PASSING and _code(error) not in _PASSING_CODES
         kind = _KINDS.get(status, StoreError) if is_final or status == _NOT_IMPLEMENTED else UnansweredError
         return kind(
-            f"{verb} {where} failed ({_summary(error)}), after all tries that the time allows. What was "
-            "published before stands whole; whether this request was carried out may be unknown. Check that the store "
-            "can be reached (its endpoint, the network), and run the same command again: it goes on from what stands"
+            f"{verb} {where} failed ({_summary(error)}), after all tries that the time allows. What is published "
+            "stands whole, also where it is unknown whether a request to store was carried out. Check that the store "
+            "can be reached (its endpoint, the network), and try again: a build goes on from what stands, a training "
+            "from its last state"
         )
 
     def _no_bucket(self) -> StoreError:

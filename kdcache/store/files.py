@@ -137,7 +137,10 @@ class CacheFiles:
 
     def place(self, key: str) -> Place:
         """Give the place of a file with no remedy of its own."""
-        remedy = f"{self._see_all}; `kdcache repair {self.address}` mends what follows from other files."
+        remedy = (
+            f"{self._see_all}; `kdcache repair {self.address}` mends what follows from other files, `kdcache repair "
+            "JOB`, with the cache's job file, also what follows from the job."
+        )
         return Place(self.address, key, remedy)
 
     def index_place(self, key: str) -> Place:

@@ -15,7 +15,15 @@ from torch.utils.data import default_collate
 
 from kdcache.errors import DuplicateExampleError, TransferSetError, UnknownExampleError
 from kdcache.transfer_set.digests import DIGEST_BYTES, input_digest, row_digests, transfer_set_digest
-from kdcache.transfer_set.sources import ArraySource, DatasetSource, ListSource, Source, TableSource, open_table
+from kdcache.transfer_set.sources import (
+    ArraySource,
+    DatasetSource,
+    Example,
+    ListSource,
+    Source,
+    TableSource,
+    open_table,
+)
 from kdcache.transfer_set.views import Views, view_generator
 
 if TYPE_CHECKING:
@@ -208,7 +216,7 @@ class TransferSet:
         ids: list[int | str | None] = []
         digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
         for index in range(len(self)):
-            example = self._source.read(index)
+            example = self._read(index)
             labels.append(example.label)
             ids.append(example.example_id)
             if self.digests_inputs:
@@ -240,7 +248,7 @@ class TransferSet:
 
     def read_input(self, index: int, *, view_index: int = 0) -> Any:
         """Read one view of one example's input."""
-        value = self._source.read(index).input
+        value = self._read(index).input
         if self.views is None:
             return value
         generator = view_generator(self.views.seed, self.example_id(index), view_index)
@@ -248,7 +256,22 @@ class TransferSet:
 
     def digest_of(self, index: int) -> bytes:
         """Digest one example's input as the dataset gives it now."""
-        return input_digest(self._source.read(index).input)
+        return input_digest(self._read(index).input)
+
+    def _read(self, index: int) -> Example:
+        """Read an example; to what a dataset raises a note is added that says which one it is about."""
+        try:
+            return self._source.read(index)
+        except Exception as error:
+            named = self._name_of(index) if "example_ids" in self.__dict__ else f"the example at position {index}"
+            error.add_note(
+                f"raised by the dataset for {named} of the transfer set. What is published is kept. Mend the example, "
+                "or leave it out, and run the same command again"
+            )
+            raise
+
+    def _name_of(self, index: int) -> str:
+        return f"example {self.example_id(index)!r} (position {index})"
 
     def indices_of(self, example_ids: Sequence[int | str] | np.ndarray) -> np.ndarray:
         """Find the positions of examples by their ids.

@@ -50,6 +50,7 @@ def check_whole(standing: Standing, level: Level) -> Iterator[Finding]:
     """Hold example table and index against the digests in complete.json; where there is none, against the plan."""
     if level == "quick":
         yield from _presence(standing, (layout.EXAMPLES, *index_keys(standing.cache)))
+        yield from _footer(standing)
         return
     complete, store = standing.complete, standing.store
     if complete is None:
@@ -181,6 +182,19 @@ def _parameters(store: CacheStore, document: TeacherDocument) -> Iterator[Findin
             kind = kind_of_error(error, is_there=store.objects.size(key) is not None)
             where = f"teacher {document.name!r}"
             yield finding(store, key, plain_text(error), kind, where=where, teacher=document.name)
+
+
+def _footer(standing: Standing) -> Iterator[Finding]:
+    """Open the example table, if it stands: a cut one has no footer."""
+    store = standing.store
+    if not store.objects.size(layout.EXAMPLES):
+        return
+    try:
+        store.example_values("num_rows", [0])
+    except StoreError:
+        raise
+    except KdcacheError as error:
+        yield finding(store, layout.EXAMPLES, plain_text(error), kind_of_error(error, is_there=True))
 
 
 def _presence(standing: Standing, keys: tuple[str, ...]) -> Iterator[Finding]:

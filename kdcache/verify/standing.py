@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Records", "Standing", "finding", "plain_text", "remedy_for", "shard_place"]
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -102,7 +103,7 @@ def remedy_for(address: str, key: str, kind: Kind) -> str:
 
 def plain_text(error: Exception) -> str:
     """Give an error's message without what it says of state and remedy: a finding says these by itself."""
-    return str(error).split(". Nothing was changed")[0]
+    return re.split(r"[.\n]\s*Nothing was changed", str(error))[0].rstrip()
 
 
 def _cache(store: CacheStore, plans: Mapping[int, PlanDocument], findings: list[Finding]) -> CacheDocument:

@@ -29,6 +29,7 @@ CHECK_SECONDS = 5.0
 RESULT_SECONDS = 30.0
 """How long a small result is waited for; its worker may die before it is fetched, and then the task runs again."""
 
+_LOG_SECONDS = 5
 _LOG_LINES = 20
 _DEATH = re.compile(r"Worker process \d+ (was killed by \w+ \d+|exited with \w+ \d+)")
 _SIGNALS = {
@@ -150,7 +151,15 @@ class Flight:
     def last_death(self) -> str:
         """Say how the last worker ended, as the processes that watch over workers know it; "" where none knows."""
         with contextlib.suppress(Exception):  # a report is none the worse without it
-            logs = self._client.get_worker_logs(n=_LOG_LINES, nanny=True)
+            # not get_worker_logs: it waits half a minute for workers that are gone
+            scheduler: Any = self._client.scheduler
+            logs = self._client.sync(
+                scheduler.worker_logs,
+                n=_LOG_LINES,
+                workers=None,
+                nanny=True,
+                callback_timeout=_LOG_SECONDS,
+            )
             lines = sorted(line for found in logs.values() for _, line in found if _DEATH.search(line))
             if lines and (found := _DEATH.search(lines[-1])):
                 return found[1] + _SIGNALS.get(found[1], "")

@@ -307,8 +307,15 @@ class Unreadable:
 
 
 def test_a_datasets_own_error_passes_through(tmp_path):
-    with pytest.raises(OSError, match="disc gone"):
+    with pytest.raises(OSError, match="disc gone") as caught:
         build_tiny(tmp_path / "cache", TransferSet(Unreadable(), digest_inputs=False, labels=[0] * 20))
+    assert "for example 13 (position 13) of the transfer set. What is published is kept" in caught.value.__notes__[0]
+
+
+def test_an_example_that_cannot_be_digested_is_named(tmp_path):
+    with pytest.raises(OSError, match="disc gone") as caught:
+        build_tiny(tmp_path / "cache", TransferSet(Unreadable()))
+    assert "for example 13 (position 13) of the transfer set" in caught.value.__notes__[0]
 
 
 def test_logits_that_are_not_finite_name_the_view(tmp_path):

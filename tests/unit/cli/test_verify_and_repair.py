@@ -163,7 +163,7 @@ def test_repair_of_what_nothing_mends_says_what_to_do(cache, command):
     (cache / "complete.json").unlink()
     ended = command("repair", cache, "--yes")
     assert (ended.code, "plans/0.json cannot be mended" in words(ended)) == (4, True)
-    assert "Bring the file back from a copy" in words(ended)
+    assert "or bring the file back from a copy" in words(ended)
 
 
 def test_a_dry_run_says_what_would_be_done_and_changes_nothing(cache, command):

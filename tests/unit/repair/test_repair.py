@@ -288,7 +288,7 @@ def test_a_lost_plan_of_a_single_build_is_written_from_the_call(tmp_path):
     lose(tmp_path / "cache/plans/0.json")
     options = {"shard_rows": 16, "chunk_rows": 8, "batch_size": 12, "codec": CODES}
     (action,) = repair_cache(tmp_path / "cache").hopeless
-    assert "Bring the file back from a copy, or run the repair with the cache's job file" in action.then
+    assert "Run `kdcache repair JOB`, with the cache's job file, which may tell what it was" in action.then
     repair(tmp_path / "cache", **options)
     assert files_of(tmp_path / "cache") == before
 
