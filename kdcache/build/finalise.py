@@ -11,11 +11,11 @@ from kdcache.documents import (
     completed_teacher,
     digest_of_digests,
 )
-from kdcache.errors import IncompleteCacheError
+from kdcache.errors import CorruptCacheError, IncompleteCacheError
 from kdcache.store import CacheStore
 
 
-def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> CompleteDocument:
+def finalise(store: CacheStore, plan_index: int, plan: PlanDocument, *, is_repair: bool = False) -> CompleteDocument:
     """Publish complete.json for a plan all of whose tasks are done.
 
     A late builder of an earlier plan changes nothing: what a later plan completed stays.
@@ -32,9 +32,13 @@ def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> Complete
     IncompleteCacheError
         A shard has no record.
     CorruptCacheError
-        zarr-python cannot open what was stored.
+        zarr-python cannot open what was stored; or a teacher that is complete already is no longer what complete.json
+        vouches for. Only a repair, which has looked at everything, may vouch for something else.
     """
+    before = None if is_repair else store.complete()
     teachers = tuple(_completed(store, plan, name) for name in plan.stored_names)
+    for teacher in teachers:
+        _refuse_change(store, before, teacher)
     complete = CompleteDocument.make(
         plan_index=plan_index,
         plan_digest=plan.digest(),
@@ -52,6 +56,16 @@ def finalise(store: CacheStore, plan_index: int, plan: PlanDocument) -> Complete
     store.replace_complete(complete)
     store.remove_stale_partials()
     return complete
+
+
+def _refuse_change(store: CacheStore, before: CompleteDocument | None, teacher: CompletedTeacher) -> None:
+    for vouched in before.teachers if before is not None else ():
+        if vouched.name == teacher.name and vouched != teacher:
+            raise CorruptCacheError(
+                f"cache {store.address}: teacher {teacher.name!r} is no longer what complete.json vouches for: its "
+                f"document or its records were altered. Nothing was changed. Run `kdcache verify {store.address}` to "
+                "see all damage, `kdcache repair` to mend it, and then the same command again"
+            )
 
 
 def _completed(store: CacheStore, plan: PlanDocument, name: str) -> CompletedTeacher:

@@ -179,6 +179,7 @@ def publish_shard(
         max_logit=float(logits[:].max()) if errors is None else float(errors.highest_logit.max()),
         certificate=certificate,
         chunk_checksums=published.chunk_checksums,
+        document_digest=destination.teacher.digest(),
     )
     destination.store.publish_record(record)
     return destination.store.record(destination.teacher.name, shard_index) or record
@@ -357,6 +358,14 @@ def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> l
         A record stands whose shard is missing or altered: what is bad is named, never silently overwritten.
     """
     records = store.records(teacher)
+    document = store.teacher(teacher)
+    digests = {record.document_digest for record in records.values()} - {None}
+    if document is not None and digests and digests != {document.digest()}:
+        raise CorruptCacheError(
+            f"cache {store.address}: the document of teacher {teacher!r} is not the one that its shards were encoded "
+            f"under, so that they would be decoded wrongly. Nothing was changed. Run `kdcache repair {store.address}`, "
+            f"or bring teachers/{teacher}/zarr.json back from a copy"
+        )
     missing = [shard for shard in range(cache.num_shards) if shard not in records]
     published = {shard: records[shard] for shard in sorted(records) if shard < cache.num_shards}
     hashed = _evenly_spread(published, RESUMED_BYTES)

@@ -39,7 +39,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from kdcache import jobs
 from kdcache.cache import SoftTargetCache
 from kdcache.documents import GIVEN
-from kdcache.errors import CorruptCacheError, DocumentError, ExecutorError, IncompleteCacheError, KdcacheError
+from kdcache.errors import (
+    CorruptCacheError,
+    DocumentError,
+    ExecutorError,
+    IncompleteCacheError,
+    KdcacheError,
+    StoreError,
+)
 
 FAILED = 1
 BAD_INPUT = 2
@@ -61,6 +68,8 @@ _errors = Console(stderr=True)
 def exit_code_of(error: Exception) -> int:
     """Tell bad input, incomplete and corrupt apart, and from failures of another kind."""
     if not isinstance(error, KdcacheError):
+        return FAILED
+    if isinstance(error, StoreError) and error.errno is not None:  # the disk or the server, not what was asked for
         return FAILED
     if isinstance(error, IncompleteCacheError | ExecutorError):
         return INCOMPLETE

@@ -106,6 +106,8 @@ class Record(Document):
     chunk_checksums: Annotated[str, Field(pattern=r"^([0-9a-f]{8})+$")] | None = None
     """The last four bytes of every chunk as stored, its CRC-32C, in hexadecimal, one chunk behind the other. They bind
     what is read of a shard to its place: another shard under its name is sound in itself. Absent in earlier records."""
+    document_digest: Digest | None = None
+    """Digest of the teacher's document under which the shard was encoded. Absent in earlier records."""
 
     @model_validator(mode="after")
     def _check(self) -> Record:

@@ -69,6 +69,7 @@ class Mending:
 
     def steps(self) -> Iterator[Action]:
         """Do steps 1 to 6, and give what was done, in order."""
+        self._refuse_what_came_back()
         table = self._table()
         is_same = table is not None and not self._is_other_table(table)
         yield from self._write_derived(has_table=table is not None)
@@ -86,6 +87,20 @@ class Mending:
             yield from self._write_examples(table)
         yield from self._left()
 
+    def _refuse_what_came_back(self) -> None:
+        """Stop where shards that were missing are there: their folder was away, and may be again."""
+        back = [
+            item.key
+            for item in self.plan.drop_records.values()
+            if item.kind == "missing" and self.standing.store.objects.size(item.key) is not None
+        ]
+        if back:
+            raise StoreError(
+                f"{self.standing.store.address}: {len(back)} file(s) that were missing a moment ago are there, such as "
+                f"{back[0]}: a folder was being mounted or copied. Nothing was changed. Run the repair again when all "
+                "of the cache is in its place"
+            )
+
     def finish(self) -> bool:
         """Write complete.json from the records if all shards of a plan are done; True if they are.
 
@@ -98,7 +113,7 @@ class Mending:
             plan = plans.get(index)
             if plan is not None and self._is_done(plan):
                 if not self.is_dry_run:
-                    finalise(store, index, plan)
+                    finalise(store, index, plan, is_repair=True)
                 return True
         return False
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 __all__ = ["RepairPlan", "plan_repair"]
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kdcache.documents import (
@@ -25,7 +26,7 @@ from kdcache.documents import (
     completed_teacher,
     digest_of_digests,
 )
-from kdcache.errors import KdcacheError, StoreError
+from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
 from kdcache.repair.sources import plan_from_documents, teacher_from_root
 from kdcache.store import layout
 from kdcache.verify import Finding
@@ -74,6 +75,9 @@ class RepairPlan:
         return any(item.teacher in names and item.kind != "extra" for item in found)
 
 
+_UNKNOWN = re.compile(r"\[extra_forbidden\]|format_version: [^\n]*\[")
+
+
 def plan_repair(
     standing: Standing, findings: tuple[Finding, ...], *, proposed: PlanDocument | None = None
 ) -> RepairPlan:
@@ -86,6 +90,7 @@ def plan_repair(
     proposed : PlanDocument, optional
         What the job file plans, to put a lost plan back.
     """
+    _refuse_later_release(standing, findings)
     plan = RepairPlan()
     vouched = _vouched_records(standing, findings)
     judged: set[str | None] = set()
@@ -170,8 +175,25 @@ def _of_completion(plan: RepairPlan, standing: Standing, item: Finding) -> None:
     elif _is_record_altered(completed_teacher(document, list(records.values())), told):
         for shard in records:
             plan.drop_records[layout.record_key(name, shard)] = item
+    elif told.document_digest != document.digest() and copy is None and not _is_recorded(document, records.values()):
+        plan.cannot.append(item)  # nobody but the document itself says that it is right
     else:
         plan.rewrites_completion = True
+
+
+def _is_recorded(document: TeacherDocument, records: Iterable[Record]) -> bool:
+    """Tell whether a teacher's shards were encoded under this document, as their records say."""
+    return {record.document_digest for record in records} == {document.digest()}
+
+
+def _refuse_later_release(standing: Standing, findings: Iterable[Finding]) -> None:
+    """Stop where documents have fields that are not known here: a later release's are no damage."""
+    unknown = [item.key for item in findings if _UNKNOWN.search(item.what) and "[missing]" not in item.what]
+    if len(unknown) > 1:  # a flipped bit makes one
+        raise CorruptCacheError(
+            f"{standing.store.address}: {len(unknown)} documents, such as {unknown[0]}, have fields that this release "
+            "does not know: a later one wrote them. Nothing was changed. Verify and repair with that release"
+        )
 
 
 def _is_record_altered(by_records: CompletedTeacher, told: CompletedTeacher) -> bool:

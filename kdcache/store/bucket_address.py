@@ -92,8 +92,8 @@ class RequestLimits:
 
     @property
     def lease_seconds(self) -> float:
-        """How long the claim of a writer counts whose fate is not known: none of its requests lives so long."""
-        return 2 * (self.request_seconds + self.retry_seconds)
+        """How long the claim of a writer counts whose fate is not known: it makes three requests while it holds one."""
+        return 4 * (self.request_seconds + self.retry_seconds)
 
 
 DEFAULT_LIMITS = RequestLimits()

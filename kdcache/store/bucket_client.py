@@ -45,6 +45,10 @@ class AlreadyStandsError(Exception):
 class UnansweredError(StoreError):
     """A request was not answered, or with a failure of the server: it may have been carried out or not."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EHOSTUNREACH
+
 
 class UnsupportedError(StoreError):
     """The server says that it knows no such request."""

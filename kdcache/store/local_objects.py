@@ -79,7 +79,7 @@ class LocalObjects:
     def delete(self, key: str) -> bool:
         """Remove an object; False when none stood there."""
         path = self._path(key)
-        with _writing(path):
+        with _writing(path, "removed", "It may stand, and all"):
             try:
                 path.unlink()
             except (FileNotFoundError, NotADirectoryError):
@@ -89,7 +89,9 @@ class LocalObjects:
 
     def read(self, key: str) -> bytes:
         """Read a whole object; FileNotFoundError when none stands under `key`."""
-        return self._path(key).read_bytes()
+        path = self._path(key)
+        with _reading(path):
+            return path.read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`; FileNotFoundError when nothing stands under `key`."""
@@ -101,21 +103,27 @@ class LocalObjects:
         FileNotFoundError when nothing stands under `key`.
         """
         check_key(key)
-        descriptor = os.open(f"{self._root}/{key}", os.O_RDONLY | os.O_CLOEXEC)  # no Path: this is called once a chunk
+        path = f"{self._root}/{key}"  # no Path: this is called once a chunk
+        with _reading(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # No more memory than the file can fill, whatever a damaged index asks for.
             file_bytes = os.fstat(descriptor).st_size
             lengths = [max(0, min(length, file_bytes - start)) for start, length in ranges]
             for (start, _), length in zip(ranges, lengths, strict=True):
-                yield _read_fully(descriptor, start, room("stored", length))
+                with _reading(path):
+                    read = _read_fully(descriptor, start, room("stored", length))
+                yield read
         finally:
             os.close(descriptor)
 
     def size(self, key: str) -> int | None:
         """Give an object's size in bytes, or None when none stands under `key`."""
+        path = self._path(key)
         try:
-            return self._path(key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
+            with _reading(path):
+                return path.stat().st_size
+        except FileNotFoundError:
             return None
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -186,8 +194,28 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """Have a write that the system refuses say what stands and what to do."""
+def _reading(path: pathlib.Path | str) -> Iterator[None]:
+    """Have a file that is there and cannot be read named: that is no damage of the cache that could be mended."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except OSError as error:
+        refused = StoreError(
+            f"{path} cannot be read: {error.strerror or error}. Nothing was changed. See to its rights, its disk or "
+            "its mount, and try again; a file that is lost for good can be removed, and `kdcache repair` makes it anew"
+        )
+        refused.errno = error.errno
+        raise refused from error
+
+
+@contextlib.contextmanager
+def _writing(
+    path: pathlib.Path, what: str = "written", left: str = "Nothing of it can be read in part, and all"
+) -> Iterator[None]:
+    """Have a change that the system refuses say what stands and what to do."""
     try:
         yield
     except StoreError:
@@ -195,7 +223,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         then = _REMEDIES.get(error.errno or 0, "See to the disk")
         refused = StoreError(
-            f"{path} cannot be written: {error.strerror or error}. Nothing of it stands, and all that was published is "
+            f"{path} cannot be {what}: {error.strerror or error}. {left} that was published is "
             f"kept. {then}, and run the same command again: it goes on from there"
         )
         refused.errno = error.errno

@@ -89,8 +89,7 @@ class Relay:
     def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
         try:
             with self._lock:
-                self._connection.send((name, arguments, options))
-                answer, error = self._connection.recv()
+                answer, error = self._exchanged(name, arguments, options)
         except (EOFError, OSError) as lost:
             raise StoreError(
                 f"{self._address}: the process that makes the requests of this forked one has ended (exit code "
@@ -100,6 +99,14 @@ class Relay:
         if error is not None:
             raise error
         return answer
+
+    def _exchanged(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        try:
+            self._connection.send((name, arguments, options))
+            return self._connection.recv()
+        except BaseException:  # an interrupt: the next request must not be given this one's answer
+            self._connection.close()
+            raise
 
 
 def _end(connection: Connection[Any, Any], process: subprocess.Popen[bytes]) -> None:

@@ -212,7 +212,7 @@ def open_codes(
         told = [f"{path}: expected {ours}, found {theirs}" for path, ours, theirs in differences(accepted[0], standing)]
         raise place.corrupt(f"the array is not as the documents say ({'; '.join(told[:3])})")
     place_of = functools.partial(files.shard_place, name)
-    expected_of = None if record_of is None else functools.partial(_expected, files, name, spec, record_of)
+    expected_of = None if record_of is None else functools.partial(_expected, files, teacher_document, spec, record_of)
     reader = ShardedReader(
         files.objects, place_of, spec, cache_document.num_shards, cache_bytes=cache_bytes, expected_of=expected_of
     )
@@ -220,16 +220,24 @@ def open_codes(
 
 
 def _expected(
-    files: CacheFiles, name: str, spec: ShardSpec, record_of: Callable[[int], Record | None], shard_index: int
+    files: CacheFiles,
+    teacher_document: TeacherDocument,
+    spec: ShardSpec,
+    record_of: Callable[[int], Record | None],
+    shard_index: int,
 ) -> bytes | None:
     """Give the checksums that a shard's record names for its chunks; None where it is of an earlier release."""
-    place = files.record_place(name, shard_index)
+    place = files.record_place(teacher_document.name, shard_index)
     try:
         record = record_of(shard_index)
     except DocumentError as error:
         raise place.corrupt(f"the record cannot be read: {error}") from error
     if record is None:
         raise place.corrupt("the record is missing, so that nothing says which shard belongs here")
+    if record.document_digest not in {None, teacher_document.digest()}:
+        raise place.corrupt(
+            "the shard was encoded under another document than the teacher's, which would decode it wrongly"
+        )
     if record.chunk_checksums is None:
         return None
     checksums = bytes.fromhex(record.chunk_checksums)

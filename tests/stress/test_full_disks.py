@@ -59,7 +59,7 @@ def test_a_build_that_meets_a_limit_says_which_file_and_leaves_none_half_written
 
     told = in_a_child(limited)
     assert told.startswith(f"StoreError {errno.EFBIG} {address}/")
-    assert "cannot be written: File too large. Nothing of it stands" in told
+    assert "cannot be written: File too large. Nothing of it can be read in part" in told
     root = {"zarr.json"}  # replaced at the end of a build
     expected, found = files_of(tmp_path / "whole"), files_of(address)
     assert {name: found[name] for name in found.keys() - root} == {name: expected[name] for name in found.keys() - root}
@@ -96,7 +96,7 @@ def test_a_full_disk_is_told_apart_from_damage_and_the_build_goes_on_later(tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr("kdcache.store.local_objects.os.write", full)
-        with pytest.raises(StoreError, match=r"No space left on device\. Nothing of it stands") as caught:
+        with pytest.raises(StoreError, match=r"No space left on device\. Nothing of it can be read in part") as caught:
             build_tiny(tmp_path / "cache")
     assert caught.value.errno == errno.ENOSPC
     assert build_tiny(tmp_path / "cache").complete.data_digest == whole.complete.data_digest
