@@ -48,7 +48,7 @@ def open_cache(
     DocumentError
         A document of the cache breaks its schema, or is of a format version that this release cannot read.
     CorruptCacheError
-        A teacher that the finished cache had is gone.
+        A teacher that the finished cache had is gone, or its document contradicts the cache's.
     """
     store = CacheStore.at(address)
     document = store.cache_document()
@@ -60,7 +60,7 @@ def open_cache(
             "open_cache(..., allow_incomplete=True)"
         )
     names = _teacher_names(store, complete)
-    teachers = {name: teacher for name in names if (teacher := store.teacher(name)) is not None}
+    teachers = {name: teacher for name in names if (teacher := store.teacher_of(name, document)) is not None}
     if complete is not None:
         _check_bound(store, document, complete, teachers)
     missing = [f"teachers/{name}/zarr.json" for name in names if name not in teachers]

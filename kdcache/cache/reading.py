@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.cache.decoders import open_decoder
 from kdcache.certificate import Certificate, certificate_of
-from kdcache.codecs import Decoder, codec_for, parameters_to
+from kdcache.codecs import Decoder
 from kdcache.codecs.base import checked_temperature
 from kdcache.codecs.guard import guarded_kl
 from kdcache.documents import CacheDocument, CertificateDocument, CompleteDocument, TeacherDocument
@@ -136,8 +137,19 @@ class SoftTargetCache:
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:
-        """First row of every example within a view, int64 [example]. Read when first asked for."""
-        return np.asarray(self._store.example_column("first_row"))
+        """First row of every example within a view, int64 [example]. Read when first asked for.
+
+        Raises
+        ------
+        CorruptCacheError
+            They do not ascend from 0 to the rows that a view has.
+        """
+        first_rows = np.asarray(self._store.example_column("first_row"))
+        num_rows = np.diff(first_rows, append=self.document.num_rows)
+        if first_rows[0] or num_rows.min() < 1 or num_rows.max() >= 2**31:
+            reason = f"its first rows do not ascend from 0 to the {self.document.num_rows} rows of a view"
+            raise self._store.examples_place().corrupt(reason)
+        return first_rows
 
     def read(
         self,
@@ -464,9 +476,7 @@ class SoftTargetCache:
 
     def _decoder(self, name: str) -> Decoder:
         if name not in self._decoders:
-            teacher = self.teachers[name]
-            parameters = parameters_to(self._store.parameters(teacher), "cpu")
-            self._decoders[name] = Decoder(codec_for(teacher.codec, teacher.num_classes), parameters)
+            self._decoders[name] = open_decoder(self._store, self.teachers[name])
         return self._decoders[name]
 
     @functools.cached_property

@@ -154,8 +154,8 @@ def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, A
 
 def _parsed(text: str | bytes) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError):
         return None
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdcache.documents import PlanDocument, TeacherDocument
-from kdcache.errors import DocumentError
+from kdcache.errors import CorruptCacheError, DocumentError
 from kdcache.store import layout
 from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.nodes import gathered_metadata
+from kdcache.store.teachers import check_teacher
 from kdcache.verify.standing import Standing
 
 
@@ -48,7 +49,13 @@ def teacher_from_root(standing: Standing, name: str) -> TeacherDocument | None:
     named = (
         [item.document_digest for item in standing.complete.teachers if item.name == name] if standing.complete else []
     )
-    return document if document.name == name and named in ([], [document.digest()]) else None
+    if document.name != name or named not in ([], [document.digest()]):
+        return None
+    try:
+        check_teacher(document, standing.cache, place=standing.store.teacher_place(name))
+    except CorruptCacheError:
+        return None
+    return document
 
 
 def _candidates(standing: Standing, index: int, proposed: PlanDocument | None) -> Iterator[PlanDocument]:

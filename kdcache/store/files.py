@@ -57,7 +57,7 @@ class CacheFiles:
         if data is None:
             return None
         try:
-            value = json.loads(data)
+            value = json.loads(data.decode())  # not bytes, whose encoding it would guess
         except (ValueError, RecursionError) as error:
             raise place.corrupt(f"the file is no JSON ({error})") from error
         if not isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_key"]
+__all__ = ["check_key", "is_key"]
 
 import functools
 
@@ -12,9 +12,14 @@ from kdcache.errors import StoreError
 @functools.lru_cache(maxsize=4096)
 def check_key(key: str) -> None:
     """Refuse a key that could leave the store's address, or hide there, with a StoreError."""
-    parts = key.split("/")
-    if any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts):
+    if not is_key(key):
         raise StoreError(
             f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
             "such as plans/0.json"
         )
+
+
+def is_key(key: str) -> bool:
+    """Tell whether a text is a relative path of names that do not start with a dot."""
+    parts = key.split("/")
+    return not any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts)

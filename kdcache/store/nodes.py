@@ -14,6 +14,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.store import arrays, layout
 from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.index import CHUNK_ENTRIES, index_spec
+from kdcache.store.keys import is_key
 from kdcache.store.teachers import accepted_codes_metadata
 
 Metadata = Mapping[str, Any]
@@ -81,7 +82,9 @@ def gathered_metadata(files: CacheFiles) -> dict[str, Any]:
         told = root["consolidated_metadata"]["metadata"]
     except (CorruptCacheError, KeyError, TypeError):
         return {}
-    return told if isinstance(told, dict) else {}
+    if not isinstance(told, dict):
+        return {}
+    return {path: copy for path, copy in told.items() if isinstance(copy, dict) and is_key(layout.metadata_key(path))}
 
 
 def root_differences(files: CacheFiles, cache_document: CacheDocument, nodes: Nodes) -> list[str]:

@@ -294,6 +294,10 @@ class ExampleColumns:
         return pq.ParquetFile(self._open_file(), metadata=self._metadata, page_checksum_verification=True)
 
     def _decoded(self, column: pa.Array, name: str, num_values: int) -> npt.NDArray[Any] | None:
+        with self._refusing_damage():  # Arrow hands out texts as they are stored, which may be no UTF-8
+            return self._as_array(column, name, num_values)
+
+    def _as_array(self, column: pa.Array, name: str, num_values: int) -> npt.NDArray[Any] | None:
         if len(column) != num_values:
             raise self._place.corrupt(f"{len(column)} values of {name} were read, where the footer says {num_values}")
         if column.null_count == len(column) and len(column):

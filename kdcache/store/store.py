@@ -35,6 +35,7 @@ from kdcache.store.sizes import CacheSizes, sizes_of
 from kdcache.store.teachers import (
     PublishedShard,
     check_codes,
+    check_teacher,
     codes_metadata,
     describe_parameters,
     open_codes,
@@ -232,6 +233,10 @@ class CacheStore:
             transfer_set_digest=document.transfer_set_digest,
         )  # fmt: skip
 
+    def examples_place(self) -> Place:
+        """Give the place of the example table, for messages."""
+        return self._files.place(layout.EXAMPLES)
+
     def examples_sha256(self) -> str:
         """Digest of examples.parquet."""
         return hashlib.sha256(self._files.read(self._files.place(layout.EXAMPLES))).hexdigest()
@@ -326,6 +331,25 @@ class CacheStore:
             problem = Problem("name", "wrong_place", f"names teacher {document.name!r} in the group of {name!r}")
             raise DocumentError(TeacherDocument.title, str(self._files.place(layout.metadata_key(group))), (problem,))
         return document
+
+    def teacher_of(self, name: str, cache_document: CacheDocument) -> TeacherDocument | None:
+        """Read a teacher's document, as `teacher`, and hold it against the cache document.
+
+        Raises
+        ------
+        CorruptCacheError
+            The two cannot be of one cache: they tell of other classes, or of chunks that no one can have stored.
+        DocumentError
+            As `teacher`.
+        """
+        document = self.teacher(name)
+        if document is not None:
+            check_teacher(document, cache_document, place=self.teacher_place(name))
+        return document
+
+    def teacher_place(self, name: str) -> Place:
+        """Give the place of a teacher's document, for messages."""
+        return self._files.teacher_place(layout.metadata_key(layout.teacher_group(name)), name)
 
     def parameters(self, teacher_document: TeacherDocument) -> dict[str, npt.NDArray[Any]]:
         """Read a codec's parameters and check them against the digests in the teacher's document.

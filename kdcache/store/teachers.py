@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "accepted_codes_metadata",
     "check_codes",
+    "check_teacher",
     "codec_shard_spec",
     "codes_metadata",
     "describe_parameters",
@@ -86,6 +87,23 @@ def shard_spec(teacher_document: TeacherDocument, cache_document: CacheDocument)
         num_columns=teacher_document.num_columns,
         storage_dtype=teacher_document.storage_dtype,
     )
+
+
+def check_teacher(teacher_document: TeacherDocument, cache_document: CacheDocument, *, place: Place) -> None:
+    """Hold a stored teacher's document against the cache document.
+
+    Raises
+    ------
+    CorruptCacheError
+        They tell of other classes, or of chunks that no one can have stored.
+    """
+    if teacher_document.num_classes != cache_document.num_classes:
+        told = f"{teacher_document.num_classes} classes, the cache document of {cache_document.num_classes}"
+        raise place.corrupt(f"the teacher's document tells of {told}")
+    try:
+        shard_spec(teacher_document, cache_document)
+    except ShapeError as error:
+        raise place.corrupt(f"the teacher's document contradicts the cache document ({error})") from error
 
 
 def codec_shard_spec(

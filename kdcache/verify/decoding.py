@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.codecs import Decoder, codec_for, parameters_to
+from kdcache.cache.decoders import open_decoder
+from kdcache.codecs import Decoder
 from kdcache.codecs.base import row_blocks
 from kdcache.documents import Record
 from kdcache.errors import KdcacheError, StoreError
@@ -76,7 +77,14 @@ class TeacherDecoding:
             yield finding(
                 store, key, what, "contradicts", expected=str(record.num_rows), found=str(len(codes)), **about
             )
-        spoiled, widest = self._decoded(codes)
+        try:
+            spoiled, widest = self._decoded(codes)
+        except StoreError:
+            raise
+        except KdcacheError as error:  # of the teacher's document or parameters: one finding, whichever shard
+            teacher_key = layout.metadata_key(layout.teacher_group(record.teacher))
+            yield finding(store, teacher_key, plain_text(error), "contradicts", teacher=record.teacher)
+            return
         if spoiled:
             what = f"{len(spoiled)} row(s) decode to NaN, +inf or no class, the first is row {spoiled[0]} of the shard"
             yield finding(store, key, what, "not_finite", **about)
@@ -103,9 +111,7 @@ class TeacherDecoding:
     def _opened(self) -> Decoder:
         with self._lock:
             if self._decoder is None:
-                codec = codec_for(self._document.codec, self._document.num_classes)
-                parameters = self._standing.store.parameters(self._document)
-                self._decoder = Decoder(codec, parameters_to(parameters, "cpu"))
+                self._decoder = open_decoder(self._standing.store, self._document)
             return self._decoder
 
 

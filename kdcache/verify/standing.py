@@ -14,9 +14,15 @@ from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, Rec
 from kdcache.errors import CacheNotFoundError, KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
 from kdcache.store.files import CacheFiles
+from kdcache.store.index import CHUNK_ENTRIES, SHARD_CHUNKS
 from kdcache.verify.findings import Finding, Kind, kind_of_error
 
 Value = TypeVar("Value")
+
+_NEVER_REFUSED = 2**16
+"""Files that are looked for one by one, however few of them stand."""
+_FILES_FOR_EACH = 1000
+"""A finished cache that lost all but one of so many files is no cache any more, or its document is not its own."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,34 @@ class Standing:
         plans = _plans(store, findings)
         cache = _cache(store, plans, findings)
         complete = _attempt(store, findings, layout.COMPLETE, layout.COMPLETE, store.complete)
+        _refuse_impossible(store, cache)
         completed = tuple(teacher.name for teacher in complete.teachers) if complete else ()
         planned = plans[max(plans)].stored_names if plans else ()
         names = (*completed, *(name for name in planned if name not in completed))
         teachers = {}
         for name in names:
             key = layout.metadata_key(layout.teacher_group(name))
-            read = partial(store.teacher, name)
+            read = partial(store.teacher_of, name, cache)
             if (document := _attempt(store, findings, f"teacher {name!r}", key, read, teacher=name)) is not None:
                 teachers[name] = document
         return cls(store, cache, plans, complete, teachers, completed, names, tuple(findings))
+
+
+def _refuse_impossible(store: CacheStore, cache: CacheDocument) -> None:
+    """Refuse a finished cache whose document tells of far more files than stand: each would be looked for, for ever."""
+    num_files = max(cache.num_shards, cache.num_examples // (SHARD_CHUNKS * CHUNK_ENTRIES))
+    if num_files <= _NEVER_REFUSED or store.objects.size(layout.COMPLETE) is None:
+        return
+    standing = sum(1 for _ in store.objects.list(""))
+    if num_files > _FILES_FOR_EACH * standing:
+        raise (
+            CacheFiles(store.objects)
+            .place(layout.ROOT)
+            .corrupt(
+                f"the cache document tells of {cache.num_examples} examples in {cache.num_shards} shards, "
+                f"where {standing} files stand"
+            )
+        )
 
 
 def finding(store: CacheStore, key: str, what: str, kind: Kind, *, where: str | None = None, **more: Any) -> Finding:
