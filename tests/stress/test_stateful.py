@@ -114,13 +114,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.num_teachers = 2
 
     @precondition(lambda self: self.place.exists() and any(self.place.rglob("*.json")))
-    @rule(data=st.data(), kind=st.sampled_from(["delete", "flip", "truncate", "exchange"]))
+    @rule(data=st.data(), kind=st.sampled_from(["exchange", "delete", "flip", "truncate"]))
     def damage(self, data, kind):
         files = files_of(self.place)
         keys = sorted(key for key in files if not Path(key).name.startswith("."))
         shards = [key for key in keys if "/codes/c/" in key]
         if kind == "exchange" and len(shards) > 1:
-            pair = data.draw(st.permutations(shards))[:2]
+            first = data.draw(st.integers(0, len(shards) - 1))
+            pair = shards[first], shards[first - 1]
             changes = {pair[0]: files[pair[1]], pair[1]: files[pair[0]]}
         else:
             key = data.draw(st.sampled_from(keys))
