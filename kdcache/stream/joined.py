@@ -203,13 +203,23 @@ def ids_as_inputs(cache: SoftTargetCache) -> TransferSet:
     """Make a transfer set of a cache's own examples, whose inputs are their ids: a tensor of int64, or a list of str.
 
     For whoever has the inputs elsewhere, or needs none.
+
+    Raises
+    ------
+    CorruptCacheError
+        The example table is damaged, or an id stands twice in it.
     """
     ids = cache.example_ids
     ends = np.append(cache.first_rows[1:], cache.document.num_rows)
     options: dict[str, Any] = {"labels": cache.labels, "num_rows": ends - cache.first_rows, "digest_inputs": False}
-    if ids.dtype.kind == "i":
-        return TransferSet.from_arrays(ids, example_ids=ids, **options)
-    return TransferSet(ListSource(ids.tolist()), example_ids=ids, collate=list, **options)
+    if len(set(ids.tolist())) < len(ids):  # said here: by the transfer set's own error the ids would be the caller's
+        raise cache.store.examples_place().corrupt("an example's id stands in it more than once")
+    try:
+        if ids.dtype.kind == "i":
+            return TransferSet.from_arrays(ids, example_ids=ids, **options)
+        return TransferSet(ListSource(ids.tolist()), example_ids=ids, collate=list, **options)
+    except TransferSetError as error:
+        raise cache.store.examples_place().corrupt(f"its examples are no transfer set ({error})") from error
 
 
 def _views_in_words(views: tuple[str, int] | None) -> str:

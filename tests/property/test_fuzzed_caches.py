@@ -6,6 +6,7 @@ harm a reader would. A process of its own reads; it must not crash, hang, take a
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -37,7 +40,7 @@ import kdcache
 SECONDS = 20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
 """Of the child: pools that reserve a GiB of addresses at once would be taken for memory."""
-QUICK, MANY = 12, 3000
+QUICK, MANY = 8, 3000
 CODECS = {
     "codes": kdcache.Codes(),
     "spectral": kdcache.Spectral(max_kl=0.01),
@@ -190,7 +193,18 @@ def copies(document):
     return document["consolidated_metadata"]["metadata"]
 
 
+def with_ids(files, example_ids):
+    """Give files whose table has other ids."""
+    table = pq.read_table(io.BytesIO(files["examples.parquet"]))
+    column = pa.array(example_ids, pa.binary()).view(pa.string())
+    sink = io.BytesIO()
+    pq.write_table(table.set_column(0, table.schema.field(0), column), sink, write_page_checksum=True)
+    return rebound({**files, "examples.parquet": sink.getvalue()})
+
+
 FOUND = {
+    "ids that are no UTF-8": lambda files: with_ids(files, [b"\x80"] * 40),
+    "ids that stand twice": lambda files: with_ids(files, [b"example"] * 40),
     "a copy in the root is a number": lambda files: with_document(
         files, "zarr.json", lambda root: copies(root).update({"teachers/c": 16})
     ),
