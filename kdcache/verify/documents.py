@@ -158,7 +158,7 @@ def _nodes(standing: Standing) -> Iterator[Finding]:
                 yield finding(store, key, f"{key}: the file is missing", "missing", where=where, teacher=teacher)
             continue
         try:
-            metadata = json.loads(data)
+            metadata = json.loads(data.decode())
         except (ValueError, RecursionError) as error:
             yield finding(store, key, f"{key} is no JSON ({error})", "torn", where=where, teacher=teacher)
             continue
