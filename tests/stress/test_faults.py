@@ -6,15 +6,15 @@ import pytest
 from fault_matrix import CACHES, READINGS, run_cache
 from object_servers import SERVERS
 
-QUICK = {name: READINGS[name] for name in ("read", "loader, windows", "join", "allow_incomplete")}
+QUICK = {name: READINGS[name] for name in ("read", "loader, windows", "allow_incomplete")}
 
 
 @pytest.mark.parametrize("name", ["codes", pytest.param("spectral", marks=pytest.mark.slow)])
 def test_no_fault_gives_a_wrong_row_or_another_error_and_verify_finds_each(name, tmp_path):
     matrix = run_cache(name, str(tmp_path), flips=1, readings=QUICK)
     assert matrix.failures == []
-    assert matrix.total(outcome="error") > 500
-    assert matrix.total(outcome="right rows") > 300
+    assert matrix.total(outcome="error") > 350
+    assert matrix.total(outcome="right rows") > 200
     assert matrix.total(outcome="found") > 150
 
 
@@ -29,7 +29,7 @@ def test_no_fault_gives_a_wrong_row_through_any_reading(name, tmp_path):
 def test_no_fault_gives_a_wrong_row_from_an_object_store(server, bucket_of):
     matrix = run_cache("codes", bucket_of(server), flips=1, readings=QUICK)
     assert matrix.failures == []
-    assert matrix.total(outcome="error") > 500
+    assert matrix.total(outcome="error") > 350
 
 
 def test_a_wrong_row_would_be_seen(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def run(folder, num_kills, seed=0):
     return undisturbed, [line for line in lines if "seconds" in line]
 
 
-@pytest.fixture(scope="module", params=[9, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[6, pytest.param(120, marks=pytest.mark.slow)])
 def kills(request, tmp_path_factory):
     return run(tmp_path_factory.mktemp("kills"), request.param)
 
