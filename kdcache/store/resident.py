@@ -107,6 +107,8 @@ class ResidentCodes:
         first_row = chunk * self._chunk_rows
         self._reader.read_block(first_row, self.codes[first_row : first_row + self._chunk_rows])
         self._is_filled[chunk] = True
+        if self._is_filled.all():  # whichever comes last: a chunk that was waited for, or one that was filled behind
+            self._finish()
 
     def _fill_behind(self) -> None:
         with self._lock:
@@ -123,11 +125,7 @@ class ResidentCodes:
                     continue
                 future = self._pending[chunk] = Future[None]()
             self._settle(future, chunk)
-        if last < len(self._is_filled):
-            return last
-        if self._is_filled.all():
-            self._finish()
-        return None
+        return last if last < len(self._is_filled) else None
 
     def _settle(self, future: Future[None], chunk: int) -> None:
         try:

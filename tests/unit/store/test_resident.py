@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -61,6 +62,32 @@ def test_each_chunk_is_decoded_once(written, decoded):
     wait_until_whole(resident)
     resident.fill_all()
     assert sorted(decoded) == list(range(0, 384, 32))
+
+
+def test_the_whole_is_known_as_such_when_a_chunk_that_was_waited_for_comes_last(written, monkeypatch):
+    kind = type(written.reader())
+    read_block, released, begun, others = kind.read_block, threading.Event(), threading.Event(), []
+
+    def slow_first(self, first_row, out):
+        if first_row == 0:
+            begun.set()
+            released.wait(30)
+        else:
+            others.append(first_row)
+        read_block(self, first_row, out)
+
+    monkeypatch.setattr(kind, "read_block", slow_first)
+    resident = written.resident()
+    asking = threading.Thread(target=resident.fill, args=(np.array([0]),))
+    asking.start()
+    begun.wait(30)
+    resident.fill(np.array([250]))
+    deadline = time.monotonic() + 30
+    while len(others) < 11 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    released.set()
+    asking.join()
+    wait_until_whole(resident)
 
 
 def test_threads_that_ask_at_once_get_right_rows(written):
