@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+import kdcache.store.parquet  # noqa: F401 - the first batch is held against a Parquet file; Arrow takes long to load
 from kdcache.cache import SoftTargetCache
 from kdcache.errors import InputMismatchError, ShapeError, TransferSetError, UnknownExampleError
 from kdcache.row_selection import rows_of_examples

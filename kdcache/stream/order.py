@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.random  # NumPy loads it when first used, which would be within the first step
 import numpy.typing as npt
 
 MATERIALISED_EXAMPLES = 2**16

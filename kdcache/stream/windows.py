@@ -86,6 +86,9 @@ class _Reading:
         self._room = room
         self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows")
         self._windows: deque[_Window] = deque()
+        first = wanted.first_from(0)
+        if first is not None:  # decoded while the first batch's inputs are read and held against the cache
+            self._window_at(first)
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002 - they follow from positions
         """Give the rows of examples at neighbouring wanted positions of the epoch, int64 [example].
@@ -101,6 +104,7 @@ class _Reading:
             window = self._window_at(first)
             end = int(np.searchsorted(positions, window.end))
             parts.append(window.rows(first, int(positions[end - 1])))
+            self._begin_following()
             if last < window.end:
                 break
             first = int(positions[end])
@@ -114,18 +118,23 @@ class _Reading:
             self._source._idle.append(self._room)  # noqa: SLF001 - its own kind
 
     def _window_at(self, position: int) -> _Window:
-        """Give the window of a position, and begin with the next one of which positions are wanted."""
+        """Give the window of a position, which may be decoding yet."""
         if self._windows and position < self._windows[0].end:
             return self._windows[0]
         if len(self._windows) < 2 or position >= self._windows[1].end:  # at the start, and behind what was read on
             self._windows.clear()
-            self._windows.append(self._load(position))
+            self._windows.append(self._load(position))  # alone: a second one would keep the first batch waiting
         else:
             self._windows.popleft().done()
-        following = self._wanted.first_from(self._windows[0].end)
-        if following is not None:
-            self._windows.append(self._load(following))
+            self._begin_following()
         return self._windows[0]
+
+    def _begin_following(self) -> None:
+        """Begin with the window behind, of which positions are wanted."""
+        if len(self._windows) < 2:
+            following = self._wanted.first_from(self._windows[0].end)
+            if following is not None:
+                self._windows.append(self._load(following))
 
     def _load(self, position: int) -> _Window:
         start, end = self._order.positions_of(int(self._order.window_of(np.array([position]))[0]))
