@@ -330,12 +330,13 @@ class SoftTargetLoader:
             return self._made(step, reading)
 
     def _made(self, step: _Step, reading: RowReading) -> tuple[Batch, Any]:
+        rows, num_rows = self._joined.rows_of(step.indices)
+        soft_targets = reading.read(rows, step.positions)
+        # Inputs come behind: where they are read and digested here, threads that decode would keep them waiting.
         inputs, digests = step.inputs()
         if len(step.checked):
             self._joined.check_digests(step.checked, digests)
         labels = None if self._labels is None else self._labels.index_select(0, torch.from_numpy(step.indices))
-        rows, num_rows = self._joined.rows_of(step.indices)
-        soft_targets = reading.read(rows, step.positions)
         if not self._joined.has_single_rows:
             soft_targets = replace(soft_targets, num_rows=torch.from_numpy(num_rows))
         return self._transfer.send((inputs, labels, soft_targets))

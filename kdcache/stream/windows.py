@@ -86,6 +86,7 @@ class _Reading:
         self._room = room
         self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows")
         self._windows: deque[_Window] = deque()
+        self._has_given = False  # a window behind the first would keep the first batch waiting
         first = wanted.first_from(0)
         if first is not None:  # decoded while the first batch's inputs are read and held against the cache
             self._window_at(first)
@@ -104,10 +105,10 @@ class _Reading:
             window = self._window_at(first)
             end = int(np.searchsorted(positions, window.end))
             parts.append(window.rows(first, int(positions[end - 1])))
-            self._begin_following()
             if last < window.end:
                 break
             first = int(positions[end])
+        self._has_given = True
         codes = parts[0] if len(parts) == 1 else [_joined(same) for same in zip(*parts, strict=True)]
         return self._source.cache.wrap(codes, teachers=self._source.teachers)
 
@@ -120,10 +121,12 @@ class _Reading:
     def _window_at(self, position: int) -> _Window:
         """Give the window of a position, which may be decoding yet."""
         if self._windows and position < self._windows[0].end:
+            if self._has_given:
+                self._begin_following()
             return self._windows[0]
         if len(self._windows) < 2 or position >= self._windows[1].end:  # at the start, and behind what was read on
             self._windows.clear()
-            self._windows.append(self._load(position))  # alone: a second one would keep the first batch waiting
+            self._windows.append(self._load(position))
         else:
             self._windows.popleft().done()
             self._begin_following()
