@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from kdcache.build.rows import BatchKey, RowMap
@@ -46,6 +47,11 @@ class Inputs:
     transfer_set: TransferSet
     row_map: RowMap
     num_workers: int = 0
+
+    @property
+    def held_batches(self) -> int:
+        """Batches that are held at most: those loaded ahead, one as single inputs and as a whole, and the teacher's."""
+        return LOOK_AHEAD * max(1, self.num_workers) + 3
 
     def batches(self, keys: Sequence[BatchKey]) -> Iterator[Any]:
         """Yield the inputs of batches, in the order of `keys`."""
@@ -98,6 +104,11 @@ class BatchLogits:
         Logits that are known already (the pilot's).
     head : Head, optional
         Makes logits of what `run` gives; they are streamed as hidden states and this head.
+
+    Attributes
+    ----------
+    largest_input_bytes : int
+        Of the batches that were loaded, what the tensors and arrays of the largest take.
     """
 
     def __init__(
@@ -116,6 +127,7 @@ class BatchLogits:
         self._num_classes = num_classes
         self._kept = kept or {}
         self._head = head
+        self.largest_input_bytes = 0
 
     def stream(self, keys: Sequence[BatchKey]) -> Iterator[Logits]:
         """Yield the logits [row, class] of batches, in order, loading inputs ahead.
@@ -126,7 +138,12 @@ class BatchLogits:
         """
         loaded = self._inputs.batches([key for key in keys if key not in self._kept])
         for key in keys:
-            yield self._kept[key] if key in self._kept else self._checked(key, self._logits(key, next(loaded)))
+            if key in self._kept:
+                yield self._kept[key]
+                continue
+            inputs = next(loaded)
+            self.largest_input_bytes = max(self.largest_input_bytes, _nested_bytes(inputs))
+            yield self._checked(key, self._logits(key, inputs))
 
     def name_row(self, shard_index: int, row: int) -> str:
         """Say which example a row of a shard is of."""
@@ -243,6 +260,10 @@ def shard_logits(batches: BatchLogits, row_map: RowMap, shard_indices: Iterable[
 def _cut(row_map: RowMap, key: BatchKey, logits: Logits, start: int, end: int) -> Logits:
     first, last = row_map.rows_of_batch(key)
     return rows_of(logits, slice(max(start - first, 0), min(end, last) - first))
+
+
+def _nested_bytes(inputs: Any) -> int:
+    return sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(inputs))
 
 
 def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:

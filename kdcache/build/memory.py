@@ -40,6 +40,8 @@ class TaskMemory:
     pilot_bytes : int
         The pilot's logits in memory, while the codec is fitted: before the tasks, and up to a quarter of a GiB during
         them where they run in the same process.
+    input_bytes : int
+        Batches of inputs, as many as are loaded ahead: by the pilot's largest. What else a dataset holds is its own.
     """
 
     logits_bytes: int
@@ -47,15 +49,22 @@ class TaskMemory:
     encoded_bytes: int
     parameter_bytes: int
     pilot_bytes: int
+    input_bytes: int = 0
 
     @property
     def task_bytes(self) -> int:
         """Bytes of a process that runs tasks, without the pilot's."""
-        return self.logits_bytes + self.coding_bytes + self.encoded_bytes + self.parameter_bytes
+        coded = self.coding_bytes + self.encoded_bytes + self.parameter_bytes
+        return self.input_bytes + self.logits_bytes + coded
 
 
 def task_memory(
-    row_map: RowMap, codec: Codec, parameters: Mapping[str, npt.NDArray[np.generic]], sample: Logits
+    row_map: RowMap,
+    codec: Codec,
+    parameters: Mapping[str, npt.NDArray[np.generic]],
+    sample: Logits,
+    *,
+    input_bytes: int = 0,
 ) -> TaskMemory:
     """State what a task takes.
 
@@ -67,6 +76,8 @@ def task_memory(
         The codec's, fitted.
     sample : Tensor [row, class] or HeadLogits
         Some logits, or hidden states, as the teacher gives them.
+    input_bytes : int
+        Of all batches of inputs that are held at once.
     """
     plan = row_map.plan
     shard_rows = min(plan.cache.shard_rows, plan.cache.num_rows)
@@ -85,6 +96,7 @@ def task_memory(
         encoded_bytes=ENCODING_THREADS * 2 * code_bytes,
         parameter_bytes=stored_bytes + 8 * elements,
         pilot_bytes=min(plan.num_pilot_rows * row_bytes, SPOOL_BYTES),
+        input_bytes=input_bytes,
     )
 
 

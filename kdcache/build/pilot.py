@@ -201,7 +201,13 @@ def run_pilot(stored: StoredTeacher, inputs: Inputs, *, with_curve: bool = False
         encode_seconds_per_row=chosen.encode_seconds_per_row,
         points=tuple(_point(item, is_choice=item is chosen) for item in (*candidates, *further)),
         num_other_masks=count_other_masks(logits) if isinstance(logits, Tensor) else 0,
-        memory=task_memory(inputs.row_map, chosen.codec, chosen.parameters, logits),
+        memory=task_memory(
+            inputs.row_map,
+            chosen.codec,
+            chosen.parameters,
+            logits,
+            input_bytes=inputs.held_batches * batches.largest_input_bytes,
+        ),
     )
     return Pilot(chosen.codec, dict(chosen.parameters), forecast, kept.logits)
 

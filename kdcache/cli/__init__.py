@@ -49,8 +49,9 @@ def _add(name: str, command: Callable[..., None]) -> None:
     def interruptible(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:  # Typer would end with code 1, as if the command had failed
-            sys.stderr.write("interrupted; what is published is kept, the same command goes on from there\n")
+        except KeyboardInterrupt as interrupt:  # Typer would end with code 1, as if the command had failed
+            told = ["interrupted; what is published is kept, the same command goes on from there"]
+            sys.stderr.write("".join(f"{line}\n" for line in (*told, *getattr(interrupt, "__notes__", ()))))
             sys.exit(INTERRUPTED)
 
     app.command(name)(interruptible)

@@ -129,9 +129,10 @@ def memory_in_words(memory: TaskMemory) -> str:
     """Write what a process that runs tasks takes at its peak."""
     return (
         f"memory: a process that runs tasks takes up to {readable_bytes(memory.task_bytes)} beside its imports (torch: "
-        f"about 250 MB) and its teacher's weights and activations (logits {readable_bytes(memory.logits_bytes)}, "
-        f"coding {readable_bytes(memory.coding_bytes)}, encoded shards {readable_bytes(memory.encoded_bytes)}, "
-        f"parameters {readable_bytes(memory.parameter_bytes)}); the pilot's logits {readable_bytes(memory.pilot_bytes)}"
+        f"about 250 MB) and its teacher's weights and activations (inputs {readable_bytes(memory.input_bytes)}, "
+        f"logits {readable_bytes(memory.logits_bytes)}, coding {readable_bytes(memory.coding_bytes)}, "
+        f"encoded shards {readable_bytes(memory.encoded_bytes)}, parameters {readable_bytes(memory.parameter_bytes)}); "
+        f"the pilot's logits {readable_bytes(memory.pilot_bytes)}"
     )
 
 

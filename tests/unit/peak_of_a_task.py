@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from kdcache.documents import Codes, Lossless, Spectral, TopK
 NUM_CLASSES, NUM_AXES, NUM_ROWS = 4096, 16, 4 * 4096
 CODECS = {
     "codes": Codes(),
+    "large inputs": Codes(),
     "lossless": Lossless(),
     "spectral": Spectral(step=0.5),
     "topk": TopK(k=32),
@@ -33,7 +35,19 @@ class Wide(nn.Module):
         self.axes = nn.Parameter(torch.randn(NUM_AXES, NUM_CLASSES), requires_grad=False)
 
     def forward(self, inputs):
-        return inputs @ self.axes
+        if inputs.shape[1] > NUM_AXES:
+            time.sleep(0.5)  # so that as many batches wait as may
+        return inputs[:, :NUM_AXES] @ self.axes
+
+
+class LargeInputs(torch.utils.data.Dataset):
+    """Inputs of a quarter of a mebibyte each, made when they are asked for."""
+
+    def __len__(self):
+        return NUM_ROWS // 4
+
+    def __getitem__(self, index):
+        return torch.full((2**16,), index / NUM_ROWS)
 
 
 def anonymous_bytes():
@@ -65,7 +79,9 @@ class Peak:
 
 def main(name):
     torch.set_num_threads(1)
-    transfer_set = kdcache.TransferSet.from_arrays(torch.randn(NUM_ROWS, NUM_AXES), digest_inputs=False)
+    small = kdcache.TransferSet.from_arrays(torch.randn(NUM_ROWS, NUM_AXES), digest_inputs=False)
+    large = kdcache.TransferSet(LargeInputs(), digest_inputs=False)
+    transfer_set = large if name == "large inputs" else small
     peak, stated = Peak(), []
 
     def on_progress(step):

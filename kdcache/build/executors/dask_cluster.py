@@ -11,6 +11,7 @@ __all__ = ["DaskExecutor"]
 
 import contextlib
 import importlib
+import logging
 import os
 import secrets
 import signal
@@ -47,6 +48,8 @@ CONNECT_SECONDS = 20.0
 WORKER_SECONDS = 60.0
 """How long the first worker of a running cluster is waited for; a batch system's is waited for as long as it takes."""
 
+_USABLE = frozenset({"pending", "finished"})
+
 ClusterSpec = DaskLocal | DaskCluster | DaskJobqueue
 
 
@@ -65,7 +68,8 @@ class DaskExecutor:
 
     def __enter__(self) -> Self:
         """Connect to the cluster, starting it where it is ours."""
-        self._stack.enter_context(dask.config.set(_settings()))
+        self._stack.enter_context(dask.config.set(_settings(self._spec)))
+        self._stack.enter_context(_quiet())
         try:
             self._client = self._stack.enter_context(open_client(self._spec))
             self._flight = Flight(self._client, self._resources, self._patience)
@@ -86,6 +90,9 @@ class DaskExecutor:
         sent = self._sent(work)
 
         def send(_: int) -> Future[Any]:
+            nonlocal sent
+            if sent.status not in _USABLE:
+                sent = self._sent(work)
             return self._submit(_run_pilot, sent, name, with_curve)
 
         outcomes = self._flight.outcomes(range(MAX_LOST_PILOTS), send, lambda _: 1)
@@ -115,6 +122,9 @@ class DaskExecutor:
         sent = self._sent(work)
 
         def send(name: str, shards: tuple[int, ...]) -> Future[Any]:
+            nonlocal sent
+            if sent.status not in _USABLE:  # Dask blames workers' deaths on it too, and gives it up
+                sent = self._sent(work)
             return self._submit(_run_span, sent, name, list(shards))
 
         Rounds(work, remaining, self._flight, send, on_record).run()
@@ -141,11 +151,33 @@ class DaskExecutor:
         return Patience(CONNECT_SECONDS, None if isinstance(self._spec, DaskJobqueue) else WORKER_SECONDS)
 
 
-def _settings() -> dict[str, Any]:
+def _settings(spec: ClusterSpec) -> dict[str, Any]:
     """Give Dask's settings for clusters that are started here."""
     overlooked = min(ALLOWED_FAILURES, dask.config.get("distributed.scheduler.allowed-failures"))
     # daemonic workers could not start the processes that load examples (num_workers)
-    return {"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": overlooked}
+    settings = {"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": overlooked}
+    if isinstance(spec, DaskLocal):
+        # Dask's local cluster looks again a while after a worker's death, and closes the place of one that is away
+        # then: also of one that came back and has died a second time. With every place closed no worker ever comes.
+        settings["distributed.deploy.lost-worker-timeout"] = "1000 days"
+    return settings
+
+
+def _log_level() -> int:
+    """Give the level below which Dask is silent, unless its configuration says what to log."""
+    return logging.WARNING if dask.config.get("logging", None) else logging.CRITICAL
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep this process from logging deaths, which are told in our own words; see `_log_level`."""
+    with contextlib.ExitStack() as stack:
+        if _log_level() == logging.CRITICAL:
+            for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
+                logger = logging.getLogger(name)
+                stack.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.CRITICAL)
+        yield
 
 
 @contextlib.contextmanager
@@ -184,6 +216,7 @@ def open_cluster(spec: DaskLocal | DaskJobqueue) -> Any:
             dashboard_address="127.0.0.1:0",  # None would take port 8787, and complain where it is taken
             preload_nanny=[],
             resources=None,
+            silence_logs=_log_level(),
             env={"OMP_NUM_THREADS": str(spec.threads_per_worker)},
         )
     dask_jobqueue = _import_jobqueue()

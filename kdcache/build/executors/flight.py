@@ -238,7 +238,8 @@ def _outcome(future: Future[Any]) -> Any:
     try:
         return future.result(timeout=RESULT_SECONDS)
     except KilledWorker as error:
-        return Loss(error.allowed_failures + 1, str(error).split(". Inspecting", maxsplit=1)[0])
+        is_own = error.task == future.key  # else of a task that it waits for
+        return Loss(error.allowed_failures + 1 if is_own else 0, str(error).split(". Inspecting", maxsplit=1)[0])
     except FutureCancelledError as error:
         return Loss(0, str(error))
     except TimeoutError:

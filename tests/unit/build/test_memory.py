@@ -23,7 +23,11 @@ def run(name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "name", ["codes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lossless", "spectral", "topk"))]
+    "name",
+    [
+        "codes",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lossless", "spectral", "topk", "large inputs")),
+    ],
 )
 def test_tasks_take_no_more_memory_than_stated_and_not_much_less(name):
     peak = run(name)
@@ -35,11 +39,12 @@ def test_a_plan_states_the_memory_of_a_task(tmp_path):
     memory = forecast.teachers[0].memory
     assert memory.logits_bytes >= 16 * 5 * 4
     assert memory.pilot_bytes == 40 * 5 * 4
+    assert memory.input_bytes == 5 * 4 * 12 * 4  # five batches of four examples of twelve float32
     assert memory.parameter_bytes > 0
 
 
 def test_the_pilots_memory_is_stated_apart():
-    assert TaskMemory(1, 2, 4, 8, 16).task_bytes == 15
+    assert TaskMemory(1, 2, 4, 8, 16, 32).task_bytes == 47
 
 
 def test_larger_batches_take_more_memory(tmp_path):
