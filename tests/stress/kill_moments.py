@@ -168,9 +168,14 @@ def _num_calls(folder: Path) -> int:
 
 def prepare(work: str, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if work != "build":
-        forked(build, folder)
+    if work == "build":
+        folder.mkdir(parents=True)
+        return
+    finished = folder.with_name("finished")
+    if not finished.exists():
+        finished.mkdir(parents=True)
+        forked(build, finished)
+    shutil.copytree(finished, folder)
     if work == "repair":
         damage(folder)
 
