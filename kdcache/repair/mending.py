@@ -29,6 +29,7 @@ from __future__ import annotations
 __all__ = ["Mending"]
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ from kdcache.errors import KdcacheError, StoreError
 from kdcache.repair.actions import Action
 from kdcache.repair.origin import Origin
 from kdcache.repair.planning import RepairPlan
+from kdcache.repair.sources import finished_plan_by_root
 from kdcache.store import layout
 from kdcache.store.arrays import encode_small_array, group_metadata, to_json
 from kdcache.store.files import ATTRIBUTE, CacheFiles
@@ -46,6 +48,8 @@ from kdcache.store.teachers import describe_parameters
 from kdcache.verify import Finding
 from kdcache.verify.shards import digest_of
 from kdcache.verify.standing import Standing
+
+_RECORD = re.compile(r".*/(0|[1-9][0-9]*)\.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +108,13 @@ class Mending:
     def finish(self) -> bool:
         """Write complete.json from the records if all shards of a plan are done; True if they are.
 
-        The plan is the newest, or the one that complete.json named: an older one would take teachers out of the cache.
+        The plan is the newest, or the one that complete.json named or, where that is gone, the root's gathered metadata
+        tell of: an older one would take teachers out of the cache.
         """
         store, complete = self.standing.store, self.standing.complete
         plans = dict(self.standing.plans) | self.plan.plans
-        named = () if complete is None else (complete.plan_index,)
-        for index in dict.fromkeys((max(plans, default=-1), *named)):
+        named = finished_plan_by_root(self.standing) if complete is None else complete.plan_index
+        for index in dict.fromkeys((max(plans, default=-1), -1 if named is None else named)):
             plan = plans.get(index)
             if plan is not None and self._is_done(plan):
                 if not self.is_dry_run:
@@ -119,13 +124,18 @@ class Mending:
 
     def missing_shards(self) -> int:
         """Count the shards that have no record, of the teachers that complete.json or the newest plan names."""
-        names, count = self.standing.completed or self.standing.names, 0
-        for name in names:
-            for shard in range(self.standing.cache.num_shards):
-                key = layout.record_key(name, shard)
-                would_go = self.is_dry_run and key in self.plan.drop_records
-                count += would_go or self.standing.store.objects.size(key) is None
-        return count
+        names = self.standing.completed or self.standing.names
+        return sum(self.standing.cache.num_shards - self._num_records(name) for name in names)
+
+    def _num_records(self, name: str) -> int:
+        """Count a teacher's records by one list, since who planned the cache may have claimed any number of shards."""
+        found = (_RECORD.fullmatch(key) for key in self.standing.store.objects.list(layout.records_folder(name)))
+        shards = {int(number[1]) for number in found if number}
+        would_go = self.plan.drop_records if self.is_dry_run else {}
+        return sum(
+            shard < self.standing.cache.num_shards and layout.record_key(name, shard) not in would_go
+            for shard in shards
+        )
 
     def _left(self) -> Iterator[Action]:
         """Name what is not mended here."""

@@ -6,6 +6,7 @@ __all__ = ["repair_cache"]
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def _report(mending: Mending, found: VerifyReport, actions: list[Action]) -> Rep
     else:
         after = verify_cache(found.address, level="quick")
         findings, is_complete = after.findings, after.is_complete
+        mending = replace(mending, standing=Standing.read(mending.standing.store))
     missing = mending.missing_shards()
     has_built = any(action.verb == "built" for action in actions)
     is_left = any(action.verb == "build" and action.then for action in actions)

@@ -6,8 +6,9 @@ stands once more in the root's consolidated metadata. Nothing is taken that a di
 
 from __future__ import annotations
 
-__all__ = ["plan_from_documents", "teacher_from_root"]
+__all__ = ["finished_plan_by_root", "plan_from_documents", "teacher_from_root"]
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,20 @@ def plan_from_documents(standing: Standing, index: int, proposed: PlanDocument |
         digests.add(complete.plan_digest)
     candidates = _candidates(standing, index, proposed)
     return next((plan for plan in candidates if plan.digest() in digests), None)
+
+
+def finished_plan_by_root(standing: Standing) -> int | None:
+    """Find the newest plan whose very teachers the root gathers, as the last finished build left it; None if none is.
+
+    For a cache whose complete.json is gone: a teacher that is being added is planned already, and not gathered yet.
+    """
+    group = re.compile(rf"{layout.TEACHERS}/([^/]+)")
+    gathered = gathered_metadata(CacheFiles(standing.store.objects))
+    names = {found[1] for path in gathered if (found := group.fullmatch(path))}
+    numbers = (
+        number for number, plan in sorted(standing.plans.items(), reverse=True) if set(plan.stored_names) == names
+    )
+    return next(numbers, None)
 
 
 def teacher_from_root(standing: Standing, name: str) -> TeacherDocument | None:

@@ -82,8 +82,8 @@ def _verified(
     findings = [*standing.findings, *check_documents(standing), *check_whole(standing, level)]
     records: Records = {name: {} for name in standing.names}
     num_shards, num_bytes, num_skipped = 0, 0, 0
-    total = standing.cache.num_shards * len(standing.names)
-    for done, checked in enumerate(ShardChecks(standing, level, progress).run(), start=1):
+    checks = ShardChecks(standing, level, progress)
+    for done, checked in enumerate(checks.run(), start=1):
         findings += checked.findings
         if checked.record is not None:
             records[checked.name][checked.shard_index] = checked.record
@@ -91,7 +91,7 @@ def _verified(
         num_bytes += checked.num_bytes
         num_skipped += checked.is_skipped
         if on_progress is not None:
-            on_progress(done, total)
+            on_progress(done, len(checks))
     findings += check_completion(standing, records)
     if level == "deep":
         findings += check_examples(standing)

@@ -6,8 +6,9 @@ __all__ = ["NUM_THREADS", "READ_BYTES", "CheckedShard", "ShardChecks", "digest_o
 
 import hashlib
 import os
+import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ DECODING_THREADS = max(1, min(4, os.cpu_count() or 1))
 READ_BYTES = 4 * 2**20
 """What is read of a shard at a time to digest it. A level of digests takes `NUM_THREADS` times this from a local disk;
 a deep one takes `DECODING_THREADS` times a shard, stored and decoded to codes, and a MiB of logits."""
+_NUMBERED = re.compile(r".*/(0|[1-9][0-9]*)(?:\.json|/0)")
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,19 @@ class ShardChecks:
         self._level = level
         self._progress = progress
         self._decodings = self._open() if level != "quick" else {}
+        self._shards = {name: self._shards_of(name) for name in standing.names}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards.values()))
 
     def run(self) -> Iterator[CheckedShard]:
-        """Yield every shard of every teacher, in order."""
+        """Yield every shard of every teacher, in order; of teachers that are being built, those that stand."""
         num_threads = DECODING_THREADS if self._level == "deep" else NUM_THREADS
         waiting: deque[Future[CheckedShard]] = deque()
         with ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-verify") as pool:
             try:
                 for name in self._standing.names:
-                    for shard_index in range(self._standing.cache.num_shards):
+                    for shard_index in self._shards[name]:
                         waiting.append(pool.submit(self._checked, name, shard_index))
                         if len(waiting) > 2 * num_threads:
                             yield waiting.popleft().result()
@@ -89,6 +95,15 @@ class ShardChecks:
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _shards_of(self, name: str) -> Sequence[int]:
+        """Give the shards to look at: all, or by lists those that stand, for a plan may claim any number of them."""
+        num_shards = self._standing.cache.num_shards
+        if name in self._standing.completed:
+            return range(num_shards)
+        folders = (layout.records_folder(name), f"{layout.teacher_group(name)}/{layout.CODES}/c")
+        found = (_NUMBERED.fullmatch(key) for folder in folders for key in self._store.objects.list(folder))
+        return sorted({int(number[1]) for number in found if number and int(number[1]) < num_shards})
 
     def _open(self) -> dict[str, TeacherDecoding]:
         opened = {}

@@ -23,6 +23,8 @@ _NEVER_REFUSED = 2**16
 """Files that are looked for one by one, however few of them stand."""
 _FILES_FOR_EACH = 1000
 """A finished cache that lost all but one of so many files is no cache any more, or its document is not its own."""
+_MISSING_PLANS = 100
+"""Plans before the last that may be missing one by one; more were never there."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,12 @@ def _plans(store: CacheStore, findings: list[Finding]) -> dict[int, PlanDocument
     names = [key.rsplit("/", 1)[1].removesuffix(".json") for key in store.objects.list(layout.PLANS)]
     standing = sorted(int(name) for name in names if name.isdecimal())
     plans = {}
-    for index in range(standing[-1] + 1 if standing else 0):
+    highest = min(standing[-1], len(standing) + _MISSING_PLANS) if standing else -1
+    beyond = [number for number in standing if number > highest]
+    for index in beyond:
+        what = f"its number is {index}, where {len(standing) - len(beyond)} plan(s) stand: they are numbered one by one"
+        findings.append(finding(store, layout.plan_key(index), what, "contradicts"))
+    for index in range(highest + 1):
         key = layout.plan_key(index)
         if index not in standing:
             findings.append(finding(store, key, "the file is missing", "missing"))

@@ -8,11 +8,17 @@ import shutil
 import pytest
 import torch
 from damage import FILES, change, cut, flip, lose, place, swap
-from tiny_caches import TinyTeacher, build_tiny, files_of, tiny_teachers, tiny_transfer_set
+from tiny_caches import Stop, TinyTeacher, build_tiny, files_of, tiny_teachers, tiny_transfer_set
 
 import kdcache
 from kdcache import Codes, open_cache, repair_cache, verify_cache
-from kdcache.errors import CacheNotFoundError, CorruptCacheError, IncompleteCacheError, OptionError, PlanMismatchError
+from kdcache.errors import (
+    CacheNotFoundError,
+    CorruptCacheError,
+    IncompleteCacheError,
+    OptionError,
+    PlanMismatchError,
+)
 from kdcache.store import LocalObjects
 from kdcache.verify import shards as verifying
 
@@ -250,6 +256,37 @@ def test_a_completion_is_written_anew_while_a_teacher_is_being_added(folder):
     lose(folder / "commits/c/0.json")
     assert done(repair_cache(folder)) == [("write", "complete.json")]
     assert (folder / "complete.json").read_bytes() == before
+
+
+def stop_at_its_second_shard(step):
+    if step.stage == "tasks" and step.done_rows >= 2 * 40 + 32:
+        raise Stop
+
+
+@pytest.mark.parametrize("damage", [lose, flip, cut])
+def test_the_ensemble_is_brought_back_while_a_teacher_is_being_added(folder, damage):
+    before = (folder / "complete.json").read_bytes()
+    with pytest.raises(Stop):
+        build_tiny(
+            folder, teachers=tiny_teachers(3), codec=CODES, add_teachers=True, on_progress=stop_at_its_second_shard
+        )
+    (folder / "commits/c/2.json").unlink(missing_ok=True)  # a thread may have been at it
+    assert {path.name for path in (folder / "commits/c").iterdir()} == {"0.json", "1.json"}
+    damage(folder / "complete.json")
+    report = repair_cache(folder)
+    assert report.is_complete
+    assert (folder / "complete.json").read_bytes() == before
+    assert open_cache(folder).teacher_names == ("a", "b")
+    build_tiny(folder, teachers=tiny_teachers(3), codec=CODES, add_teachers=True)
+    assert open_cache(folder).teacher_names == ("a", "b", "c")
+
+
+def test_a_finished_teacher_is_not_taken_out_of_the_cache_by_a_lost_completion(folder):
+    for name in ("complete.json", "commits/b/0.json", "teachers/b/codes/c/0/0"):
+        lose(folder / name)
+    assert not repair_cache(folder).is_complete
+    with pytest.raises(IncompleteCacheError):
+        open_cache(folder)
 
 
 def test_foreign_files_are_left_alone(folder):

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
-from damage import FILES, place, swap
+from damage import FILES, lose, place, swap
 from tiny_caches import build_tiny, files_of, tiny_teachers
 
-from kdcache import Codes, verify_cache
+from kdcache import Codes, repair_cache, verify_cache
 from kdcache.errors import CacheNotFoundError, KdcacheError
 
 CODES = Codes(spacing="uniform")
@@ -232,3 +233,29 @@ def test_a_teacher_that_is_being_added_is_no_finding(folder):
     (folder / "commits/c/1.json").unlink()
     report = verify_cache(folder)
     assert (report.findings, report.num_shards) == ((), 8)
+
+
+# Of strangers ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_cache_that_claims_very_many_shards_costs_what_stands_of_it(folder):
+    lose(folder / "complete.json")
+    for name in ("zarr.json", "plans/0.json", "plans/1.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace('"num_rows": 40', '"num_rows": 16000000000'))
+    start = time.monotonic()
+    report = verify_cache(folder)
+    repair = repair_cache(folder, dry_run=True)
+    assert time.monotonic() - start < 20
+    assert report.num_shards == 6
+    assert repair.num_missing_shards == 2 * 1_000_000_000 - 4  # the last of each teacher now has too few rows
+
+
+def test_plans_with_absurd_numbers_are_told_and_not_counted_up_to(folder):
+    shutil.copy(folder / "plans/0.json", folder / "plans/99999999999.json")
+    start = time.monotonic()
+    found = [item for item in verify_cache(folder).findings if item.key == "plans/99999999999.json"]
+    assert time.monotonic() - start < 20
+    assert [(item.kind, item.what) for item in found] == [
+        ("contradicts", "its number is 99999999999, where 2 plan(s) stand: they are numbered one by one")
+    ]
