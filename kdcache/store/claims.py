@@ -91,7 +91,7 @@ def _claim(client: Client, key: str, limits: RequestLimits) -> Iterator[bool]:
 
 
 def _is_alone(client: Client, folder: str, path: str, lease_seconds: float) -> bool:
-    claims = dict(client.list(folder))
+    claims = {listed.path: listed.stored_seconds for listed in client.list(folder)}
     if path not in claims:
         return False
     others = [other for other in claims if other != path]

@@ -24,6 +24,7 @@ from pathlib import Path
 from kdcache.errors import OptionError, StoreError
 from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
 from kdcache.store.layout import GROUPS, METADATA
+from kdcache.store.limits import TooLargeError
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects
 
@@ -89,6 +90,11 @@ class KeptPages:
         """Where the objects are."""
         return self._objects.address
 
+    @property
+    def request_bytes(self) -> int:
+        """As the objects'."""
+        return self._objects.request_bytes
+
     def __reduce__(self) -> tuple[object, ...]:
         return _again, (self._objects, self._folder, self._identity, self._max_bytes)
 
@@ -104,12 +110,15 @@ class KeptPages:
         """As the objects'."""
         return self._objects.delete(key)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
         """Read a whole object: a shard or a part of the index through the pages, anything else where it is."""
         group, _, rest = key.partition("/")
         if group not in GROUPS or rest.endswith(METADATA):
-            return self._objects.read(key)
-        return self.read_range(key, 0, self._known_size(key))
+            return self._objects.read(key, max_bytes=max_bytes)
+        size = self._known_size(key)
+        if max_bytes is not None and size > max_bytes:
+            raise TooLargeError(size)
+        return self.read_range(key, 0, size)
 
     def size(self, key: str) -> int | None:
         """Give an object's size in bytes, or None when none stands under `key`; asks where it is."""
@@ -122,9 +131,30 @@ class KeptPages:
         """As the objects'."""
         return self._objects.list(prefix)
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """As the objects'."""
+        return self._objects.sizes(prefix)
+
+    def is_empty(self) -> bool:
+        """As the objects'."""
+        return self._objects.is_empty()
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`, through the pages."""
         return next(self.read_ranges(key, [(start, length)]))
+
+    def read_sized(self, key: str, start: int, length: int, *, believed_bytes: int) -> tuple[bytes, int]:
+        """Read as `read_range`, and tell the object's size; where all pages are kept of one of that size, nobody asks.
+
+        Pages are fetched together with the size of what they are part of, so that those kept under a size are of an
+        object of that size, whoever believed it.
+        """
+        believed = self._sizes.setdefault(key, believed_bytes)
+        data = self.read_range(key, start, length)
+        size = self._sizes.get(key, believed)
+        if size != believed:  # where it stands it is another: what was read may have been beyond its end
+            data = self.read_range(key, start, length)
+        return data, size
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield ranges of one object, (start, length) in bytes, through the pages.
@@ -188,12 +218,12 @@ class KeptPages:
     def _fetched(self, key: str, size: int, first: int, last: int) -> dict[int, bytes]:
         """Fetch neighbouring pages in one request, and keep them."""
         start, stop = first * PAGE_BYTES, min((last + 1) * PAGE_BYTES, size)
-        data = self._objects.read_range(key, start, stop - start)
+        data, standing = self._objects.read_sized(key, start, stop - start, believed_bytes=size)
         pages = {
             first + place: data[place * PAGE_BYTES : (place + 1) * PAGE_BYTES] for place in range(last - first + 1)
         }
-        if len(data) < stop - start:  # the object is not what it was when its size was asked
-            self._sizes.pop(key, None)
+        if standing != size:  # the object is not what it was when its size was asked, or what it was believed to be
+            self._sizes[key] = standing
             return pages
         for number, page in pages.items():
             self._keep(self._path(key, size, number), page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_key", "is_key"]
+__all__ = ["check_key", "is_hidden", "is_key"]
 
 import functools
 
@@ -23,3 +23,8 @@ def is_key(key: str) -> bool:
     """Tell whether a text is a relative path of names that do not start with a dot."""
     parts = key.split("/")
     return not any(not part or part.startswith(".") or "\\" in part or "\0" in part for part in parts)
+
+
+def is_hidden(path: str) -> bool:
+    """Tell whether a path has a name that starts with a dot: no key is such, and no listing gives it."""
+    return any(part.startswith(".") for part in path.split("/"))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kdcache.errors import StoreError
 from kdcache.store.keys import check_key
+from kdcache.store.limits import TooLargeError
 from kdcache.store.room import room
 from kdcache.store.writers import is_alive, this_machine
 
@@ -50,6 +51,8 @@ class LocalObjects:
 
     def __repr__(self) -> str:
         return f"LocalObjects({self._address!r})"
+
+    request_bytes = 0
 
     @property
     def address(self) -> str:
@@ -87,15 +90,23 @@ class LocalObjects:
             _sync_folder(path.parent)
             return True
 
-    def read(self, key: str) -> bytes:
-        """Read a whole object; FileNotFoundError when none stands under `key`."""
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a whole object; FileNotFoundError when none stands under `key`, TooLargeError where it is larger."""
         path = self._path(key)
-        with _reading(path):
-            return path.read_bytes()
+        with _reading(path), path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if max_bytes is not None and num_bytes > max_bytes:
+                raise TooLargeError(num_bytes)
+            return file.read()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`; FileNotFoundError when nothing stands under `key`."""
         return next(self.read_ranges(key, [(start, length)])).tobytes()
+
+    def read_sized(self, key: str, start: int, length: int, *, believed_bytes: int) -> tuple[bytes, int]:  # noqa: ARG002
+        """Read as `read_range`, and tell the file's size."""
+        data = self.read_range(key, start, length)
+        return data, self._path(key).stat().st_size
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield ranges of one file, (start, length) in bytes, each in the memory of the one before.
@@ -139,6 +150,15 @@ class LocalObjects:
                 yield from self.list(key)
             else:
                 yield key
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Give the size in bytes of each object below the folder `prefix` ("" for all)."""
+        sizes = ((key, self.size(key)) for key in self.list(prefix))
+        return {key: size for key, size in sizes if size is not None}  # None: taken away since
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing stands in the folder, hidden files aside."""
+        return next(self.list(""), None) is None
 
     def forget(self, key: str) -> int:  # noqa: ARG002 - files are read where they stand
         """Drop nothing: files are read where they stand."""

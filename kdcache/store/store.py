@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, Record, TeacherDocument, differences
 from kdcache.errors import CacheNotFoundError, DocumentError, PlanMismatchError, Problem
 from kdcache.store import arrays, layout
+from kdcache.store.codes_reader import CodesReader
 from kdcache.store.examples import ExampleTable
 from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.ids import ExampleIds
@@ -30,7 +31,7 @@ from kdcache.store.local_objects import LocalObjects
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
-from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
+from kdcache.store.reader import DEFAULT_CACHE_BYTES
 from kdcache.store.sizes import CacheSizes, sizes_of
 from kdcache.store.teachers import (
     PublishedShard,
@@ -440,9 +441,11 @@ class CacheStore:
         found = [(index, self.record(name, index)) for index in shard_indices]
         return [(index, record) for index, record in found if record is not None]
 
-    def shard_size(self, name: str, shard_index: int) -> int | None:
-        """Give the size in bytes of a shard as it stands; None where there is none."""
-        return self._objects.size(layout.shard_key(name, shard_index))
+    def shard_sizes(self, name: str) -> dict[int, int]:
+        """Give the sizes in bytes of a teacher's shards that stand, by their numbers; one list of their folder."""
+        sizes = self._objects.sizes(layout.shards_folder(name))
+        numbers = {key: key.split("/")[-2] for key in sizes}
+        return {int(number): sizes[key] for key, number in numbers.items() if number.isdecimal()}
 
     # Completion ------------------------------------------------------------------------------------------------------
 

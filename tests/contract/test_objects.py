@@ -11,6 +11,7 @@ from object_servers import SERVERS
 
 from kdcache.errors import StoreError
 from kdcache.store import Objects, open_objects
+from kdcache.store.limits import TooLargeError
 
 KEY = "teachers/a/codes/c/0/0"
 
@@ -121,6 +122,29 @@ def test_a_deleted_object_can_be_published_anew(objects):
     assert objects.read(KEY) == b"second"
 
 
+def test_an_object_that_has_more_bytes_than_are_wanted_is_refused(objects):
+    objects.publish(KEY, b"first")
+    assert objects.read(KEY, max_bytes=5) == b"first"
+    with pytest.raises(TooLargeError) as caught:
+        objects.read(KEY, max_bytes=4)
+    assert caught.value.num_bytes == 5
+
+
+@pytest.mark.parametrize("believed_bytes", [6, 5, 8, 200], ids=["right", "too few", "too many", "far too many"])
+@pytest.mark.parametrize(("start", "length"), [(0, 3), (4, 2), (2, 4), (0, 6), (5, 2), (7, 1), (100, 100), (3, 0)])
+def test_a_range_comes_with_the_size_of_its_object_whatever_it_was_believed_to_be(
+    objects, start, length, believed_bytes
+):
+    objects.publish(KEY, b"abcdef")
+    found = objects.read_sized(KEY, start, length, believed_bytes=believed_bytes)
+    assert found == (b"abcdef"[start : start + length], 6)
+
+
+def test_a_range_of_nothing_has_no_size(objects):
+    with pytest.raises(FileNotFoundError):
+        objects.read_sized(KEY, 2, 3, believed_bytes=6)
+
+
 def test_size_is_that_of_the_object(objects):
     objects.publish(KEY, b"first")
     assert objects.size(KEY) == 5
@@ -184,6 +208,23 @@ def test_list_gives_keys_below_a_folder_sorted_by_path_component(objects):
         objects.publish(key, b"x")
     assert list(objects.list("b")) == ["b/1", "b/2", "b/c/3"]
     assert list(objects.list("")) == ["a", "b/1", "b/2", "b/c/3", "b-2", "bc/1"]
+
+
+def test_sizes_are_those_of_all_objects_below_a_folder(objects):
+    for number in range(3):
+        objects.publish(f"b/{number}/0", bytes(number))
+    objects.publish("a", b"x")
+    assert objects.sizes("b") == {"b/0/0": 0, "b/1/0": 1, "b/2/0": 2}
+    assert set(objects.sizes("")) == {"a", "b/0/0", "b/1/0", "b/2/0"}
+    assert objects.sizes("nothing") == {}
+
+
+def test_an_address_is_empty_until_something_stands_there_that_is_not_hidden(objects):
+    assert objects.is_empty()
+    objects.publish(KEY, b"first")
+    assert not objects.is_empty()
+    objects.delete(KEY)
+    assert objects.is_empty()
 
 
 def test_list_of_nothing_is_empty(objects):

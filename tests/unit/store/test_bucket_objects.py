@@ -281,6 +281,13 @@ def test_ranges_within_a_known_size_are_read_in_one_request(conditional, monkeyp
     assert [len(part) for part in conditional.read_ranges(KEY, [(0, 10), (5000, 20), (20, 5)])] == [10, 20, 5]
 
 
+def test_a_range_of_an_object_of_the_size_believed_is_one_request(conditional, monkeypatch):
+    conditional.publish(KEY, bytes(10_000))
+    monkeypatch.setattr(BucketClient, "size", lambda *_: pytest.fail("the size was asked"))
+    assert conditional.read_sized(KEY, 9000, 1000, believed_bytes=10_000) == (bytes(1000), 10_000)
+    assert [len(part) for part in conditional.read_ranges(KEY, [(0, 10)])] == [10]
+
+
 def test_what_is_held_of_many_ranges_is_bounded():
     ranges = [(number * 2**23, 2**23) for number in range(9)]
     assert [len(batch) for batch in _batches(ranges)] == [3, 3, 3]
@@ -298,6 +305,8 @@ def test_a_forked_process_reads_and_publishes_after_its_parent_did(objects):
 
     def work():
         reads = objects.read(KEY) == b"first" and objects.read_range(KEY, 1, 2) == b"ir" and objects.size(KEY) == 5
+        reads &= objects.read_sized(KEY, 1, 2, believed_bytes=5) == (b"ir", 5) and objects.sizes("") == {KEY: 5}
+        reads &= not objects.is_empty()
         return reads and objects.publish("second", b"x") and list(objects.list("")) == ["second", KEY]
 
     assert exit_code_of(work) == 0
