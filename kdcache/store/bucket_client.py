@@ -38,6 +38,10 @@ _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _STATUS = re.compile(r"status code: (?P<status>\d{3})")
 _CODE = re.compile(r"<Code>(?P<code>\w{1,64})</Code>")
 _CAUSE = re.compile(r"TimedOut|ConnectionRefused|ConnectionReset|IncompleteMessage|dns error|CredentialsNotLoaded")
+_SETTING = re.compile(
+    r"unable to \w+ service account|no such file|relative URL without a base|invalid port|certificate",
+    re.IGNORECASE,
+)
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN), or the machine's or pod's own role",
@@ -158,8 +162,8 @@ class BucketClient:
             self._writing = _open(self._obstore, address, limits, stall_seconds=limits.request_seconds)
         except (self._obstore.exceptions.BaseError, ValueError) as error:
             raise StoreError(
-                f"{address} cannot be opened with the settings in the environment ({_summary(error)}). Nothing was "
-                "read or written. See docs/howto/object-stores.md; credentials come from "
+                f"{address} cannot be opened with the settings in the environment ({_setting(error)}). Nothing "
+                "was read or written. See docs/howto/object-stores.md; credentials come from "
                 f"{_CREDENTIALS[address.scheme]}"
             ) from None
 
@@ -368,6 +372,12 @@ def _names_no_bucket(error: Exception) -> bool:
 def _code(error: Exception) -> str:
     found = _CODE.search(str(error))
     return "" if found is None else found["code"]
+
+
+def _setting(error: Exception) -> str:
+    """Name the kind of error, and what it says of an endpoint; settings, which may be secret, are not repeated."""
+    causes = dict.fromkeys(found.lower() for found in _SETTING.findall(str(error)))
+    return ", ".join([type(error).__name__, *causes])
 
 
 def _summary(error: Exception) -> str:

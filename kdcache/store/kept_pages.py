@@ -5,6 +5,8 @@ when they are first needed, a few of a kind in one request, and kept as files of
 are dropped where all would take more than was allowed. A page carries a CRC-32C: one that was altered is fetched again.
 Only objects that never change once they stand are kept, under a name that tells the cache by its content, and the
 object by its key and its size: what was kept of one that was half copied does not stand for the whole one.
+
+Records are kept as they are read, and are believed once `complete.json` can vouch for each (`kdcache.store.vouched`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdcache.errors import OptionError, StoreError
@@ -27,6 +29,7 @@ from kdcache.store.layout import GROUPS, METADATA
 from kdcache.store.limits import TooLargeError
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects
+from kdcache.store.vouched import VouchedRecords
 
 PAGE_BYTES = 2**20
 _KEPT_AFTER_DROPPING = 0.9
@@ -50,6 +53,8 @@ class KeptPages:
     max_bytes : int
         What the folder may take, at least 16 pages; while a page is written, one more for each thread. Processes
         that share the folder may each add a sixteenth until they see what the others added.
+    vouched : mapping of str to VouchedRecords, optional
+        What is known of folders of records.
 
     Raises
     ------
@@ -64,7 +69,15 @@ class KeptPages:
         Once, when a page cannot be written or dropped; what was read is given all the same.
     """
 
-    def __init__(self, objects: Objects, folder: str | os.PathLike[str], *, identity: str, max_bytes: int) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        folder: str | os.PathLike[str],
+        *,
+        identity: str,
+        max_bytes: int,
+        vouched: Mapping[str, VouchedRecords] | None = None,
+    ) -> None:
         if max_bytes < 16 * PAGE_BYTES:
             raise OptionError(f"a local cache of {max_bytes} bytes holds too little; give at least {16 * PAGE_BYTES}")
         self._objects = objects
@@ -72,6 +85,9 @@ class KeptPages:
         self._identity = identity
         self._max_bytes = max_bytes
         self._sizes: dict[str, int] = {}
+        self._vouched = dict(vouched or {})
+        self._digests: dict[str, dict[int, str]] = {}
+        self._lists: dict[str, bytes] = {}
         self._num_bytes: int | None = None
         self._added_bytes = 0
         self._counting_pid: int | None = None
@@ -96,7 +112,7 @@ class KeptPages:
         return self._objects.request_bytes
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _again, (self._objects, self._folder, self._identity, self._max_bytes)
+        return _again, (self._objects, self._folder, self._identity, self._max_bytes, self._vouched)
 
     def publish(self, key: str, data: bytes) -> bool:
         """As the objects'."""
@@ -112,6 +128,9 @@ class KeptPages:
 
     def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
         """Read a whole object: a shard or a part of the index through the pages, anything else where it is."""
+        parent, _, name = key.rpartition("/")
+        if parent in self._vouched and name.removesuffix(".json").isdecimal():
+            return self._read_record(key, parent, int(name.removesuffix(".json")), max_bytes)
         group, _, rest = key.partition("/")
         if group not in GROUPS or rest.endswith(METADATA):
             return self._objects.read(key, max_bytes=max_bytes)
@@ -194,6 +213,32 @@ class KeptPages:
             for number in _page_numbers(0, size):
                 num_dropped += self._drop(self._path(key, size, number))
         return num_dropped
+
+    def _read_record(self, key: str, parent: str, index: int, max_bytes: int | None) -> bytes:
+        """Give a record that is kept, where it can be vouched for; or read it where it is, and keep it."""
+        vouched, path = self._vouched[parent], self._path(key, 0, 0)
+        listed = self._list_of(parent)
+        kept = None if listed is None else self._kept(path)
+        if kept is not None and listed is not None and vouched.is_vouched(kept, index, listed):
+            return kept
+        data = self._objects.read(key, max_bytes=max_bytes)
+        self._keep(path, data)
+        with self._lock:
+            digests = self._digests.setdefault(parent, {})
+            digests[index] = hashlib.sha256(data).hexdigest()
+            found = vouched.listed(digests) if len(digests) == vouched.num_records else None
+        if found is not None:
+            self._keep(self._path(f"{parent}/", 0, 0), found)
+        return data
+
+    def _list_of(self, parent: str) -> bytes | None:
+        """Give the list of the digests of a folder's records, if one is kept that is vouched for."""
+        if parent not in self._lists:
+            kept = self._kept(self._path(f"{parent}/", 0, 0))
+            if kept is None or not self._vouched[parent].is_list(kept):
+                return None
+            self._lists[parent] = kept
+        return self._lists[parent]
 
     def _known_size(self, key: str) -> int:
         size = self._sizes.get(key)
@@ -334,5 +379,7 @@ def _page_numbers(start: int, length: int) -> range:
     return range(start // PAGE_BYTES, -(-(start + length) // PAGE_BYTES)) if length else range(0)
 
 
-def _again(objects: Objects, folder: Path, identity: str, max_bytes: int) -> KeptPages:
-    return KeptPages(objects, folder, identity=identity, max_bytes=max_bytes)
+def _again(
+    objects: Objects, folder: Path, identity: str, max_bytes: int, vouched: Mapping[str, VouchedRecords]
+) -> KeptPages:
+    return KeptPages(objects, folder, identity=identity, max_bytes=max_bytes, vouched=vouched)

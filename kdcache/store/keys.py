@@ -6,14 +6,17 @@ __all__ = ["check_key", "is_hidden", "is_key"]
 
 import functools
 
-from kdcache.errors import StoreError
+from kdcache.errors import OptionError
 
 
 @functools.lru_cache(maxsize=4096)
 def check_key(key: str) -> None:
-    """Refuse a key that could leave the store's address, or hide there, with a StoreError."""
+    """Refuse a key that could leave the store's address, or hide there, with an OptionError.
+
+    The caller is at fault, not the store: a StoreError would have been taken for one that does not answer.
+    """
     if not is_key(key):
-        raise StoreError(
+        raise OptionError(
             f"{key!r} is no key of a store: a key is a relative path of names that do not start with a dot, "
             "such as plans/0.json"
         )

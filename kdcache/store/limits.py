@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_JSON_BYTES", "TooLargeError"]
+__all__ = ["MAX_CHUNK_BYTES", "MAX_JSON_BYTES", "TooLargeError"]
 
 MAX_JSON_BYTES = 64 * 2**20
 """The largest JSON file that is read: a thousand times the largest of a real cache, and little memory."""
+
+MAX_CHUNK_BYTES = 2**28
+"""The largest chunk that is written or read, decoded: a thousand times what a plan aims at, and twice the largest shard
+that one makes by itself."""
 
 
 class TooLargeError(Exception):

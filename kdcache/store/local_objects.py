@@ -64,11 +64,11 @@ class LocalObjects:
         path = self._path(key)
         with _writing(path):
             if path.exists():
-                _sync_folder(path.parent)  # its writer may not have come as far as this
+                _sync_standing(path)  # its writer may not have come as far as this
                 return False
             with self._partial(path, data) as partial:
                 created = _link(partial, path)
-            _sync_folder(path.parent)
+            _sync_standing(path)
             return created
 
     def replace(self, key: str, data: bytes) -> None:
@@ -77,7 +77,7 @@ class LocalObjects:
         with _writing(path):
             with self._partial(path, data) as partial:
                 partial.replace(path)
-            _sync_folder(path.parent)
+            _sync_standing(path)
 
     def delete(self, key: str) -> bool:
         """Remove an object; False when none stood there."""
@@ -87,7 +87,8 @@ class LocalObjects:
                 path.unlink()
             except (FileNotFoundError, NotADirectoryError):
                 return False
-            _sync_folder(path.parent)
+            with _writing(path, "removed for good", "It is gone, and stands again if power fails now; all other"):
+                _sync_folder(path.parent)
             return True
 
     def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
@@ -277,6 +278,12 @@ def _write_fully(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _sync_standing(path: pathlib.Path) -> None:
+    """Sync the folder of a file that has its name: where that fails, the file stands all the same."""
+    with _writing(path, "made durable", "It stands whole, and is lost if power fails before it is on the disk; all"):
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

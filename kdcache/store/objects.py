@@ -121,14 +121,21 @@ def open_objects(address: str | os.PathLike[str]) -> Objects:
     Raises
     ------
     StoreError
-        The address names a kind of store that this release does not know, or no bucket, or holds credentials.
+        The address names a kind of store that this release does not know, or no bucket, or holds credentials; or a
+        file:// address that of another machine.
     """
     text = os.fspath(address)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return LocalObjects(text)
     if scheme == "file":
-        return LocalObjects(rest)
+        host, slash, path = rest.partition("/")
+        if not slash or host not in {"", "localhost"}:
+            raise StoreError(
+                f"{text}: a file:// address is of this machine, and its path starts at the root; nothing was read or "
+                "written. Give file:///PATH, or a path"
+            )
+        return LocalObjects(f"/{path}")
     if scheme in SCHEMES:
         from kdcache.store.bucket_objects import BucketObjects  # noqa: PLC0415 - folders do without
 

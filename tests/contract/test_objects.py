@@ -7,9 +7,10 @@ import pickle
 import threading
 
 import pytest
+from faulty_proxy import proxy_before
 from object_servers import SERVERS
 
-from kdcache.errors import StoreError
+from kdcache.errors import OptionError
 from kdcache.store import Objects, open_objects
 from kdcache.store.limits import TooLargeError
 
@@ -245,6 +246,15 @@ def test_list_gives_more_keys_than_a_server_tells_at_once(bucket_of):
     assert list(objects.list("many")) == MANY
 
 
+def test_whether_an_address_is_empty_takes_one_page_of_a_list(server_of, bucket_of, monkeypatch):
+    address = bucket_of("localbucket")
+    replace_all(open_objects(address), MANY)
+    with proxy_before(server_of("localbucket").endpoint) as (endpoint, faults):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        assert not open_objects(address).is_empty()
+        assert faults.seen == ["GET"]
+
+
 @pytest.mark.slow
 def test_list_gives_more_keys_than_any_server_tells_at_once(objects):
     replace_all(objects, MANY)
@@ -255,9 +265,9 @@ def test_list_gives_more_keys_than_any_server_tells_at_once(objects):
     "key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", ".a", "a/.b"]
 )
 def test_a_key_that_could_leave_the_root_or_hide_is_refused(objects, key):
-    with pytest.raises(StoreError, match="is no key of a store"):
+    with pytest.raises(OptionError, match="is no key of a store"):
         objects.publish(key, b"x")
-    with pytest.raises(StoreError, match="is no key of a store"):
+    with pytest.raises(OptionError, match="is no key of a store"):
         objects.read(key)
 
 

@@ -452,6 +452,12 @@ def test_an_array_that_contradicts_the_documents_is_refused_before_it_is_read(wr
         written.reader()
 
 
+def test_documents_that_ask_for_a_larger_chunk_than_any_may_be_are_refused(written):
+    huge = make_cache_document(shard_rows=2**26, chunk_rows=2**26)
+    with pytest.raises(CorruptCacheError, match=r"a chunk of 67108864 rows .* above the 268435456 that one may take"):
+        written.store.teacher_of("a", huge)
+
+
 def test_an_array_without_metadata_is_corrupt(written):
     written.store.objects.delete("teachers/a/codes/zarr.json")
     with pytest.raises(CorruptCacheError, match=r"codes/zarr\.json: the file is missing"):

@@ -11,9 +11,11 @@ import pytest
 from tiny_caches import NUM_EXAMPLES, build_tiny
 
 from kdcache import SoftTargetLoader, open_cache
+from kdcache.build.task import remaining_shards
 from kdcache.errors import CorruptCacheError
 from kdcache.store import LocalObjects
 from kdcache.store.at_once import THREADS, at_once
+from kdcache.store.checksums import with_checksum
 
 SHARD = "teachers/a/codes/c/{}/0"
 RECORD = "commits/a/{}.json"
@@ -164,6 +166,18 @@ def test_whether_all_shards_are_there_is_one_list(folder, asked):
     assert asked == [("sizes", "teachers/a/codes/c/")]
 
 
+def test_the_sizes_of_a_cache_are_one_list(folder, asked):
+    open_cache(folder).sizes()
+    assert [key for verb, key in asked if verb == "size"] == []
+
+
+def test_a_resume_asks_for_the_sizes_of_all_shards_in_one_list(folder, asked):
+    cache = open_cache(folder)
+    asked.clear()
+    assert remaining_shards(cache.store, cache.document, "a") == []
+    assert [(verb, key) for verb, key in asked if verb.startswith("size")] == [("sizes", "teachers/a/codes/c/")]
+
+
 DAMAGES = {
     "a byte more": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "a byte less": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -190,13 +204,53 @@ def test_a_shard_that_is_missing_is_named(folder, read):
         read(open_cache(folder))
 
 
-def test_a_cache_of_which_pages_are_kept_is_not_asked_for_sizes(folder, asked, tmp_path):
-    rows = np.arange(NUM_EXAMPLES)
-    first = open_cache(folder, local_cache=tmp_path / "pages").read_rows(rows, teachers="a")
+@pytest.fixture
+def pages(tmp_path):
+    return tmp_path / "pages"
+
+
+def read_all(folder, pages):
+    return open_cache(folder, local_cache=pages).read_rows(np.arange(NUM_EXAMPLES), teachers="a").codes[0].tolist()
+
+
+def test_a_cache_that_was_read_whole_is_read_again_without_a_request(folder, asked, pages):
+    first = read_all(folder, pages)
     asked.clear()
-    again = open_cache(folder, local_cache=tmp_path / "pages").read_rows(rows, teachers="a")
-    assert {key.split("/")[0] for _, key in asked} <= {"commits"}
-    assert again.codes[0].tolist() == first.codes[0].tolist()
+    assert read_all(folder, pages) == first
+    assert asked == []
+
+
+def test_records_of_a_cache_that_was_read_in_part_are_read_where_they_lie(folder, asked, pages):
+    open_cache(folder, local_cache=pages).read_rows(np.array([0]), teachers="a")
+    asked.clear()
+    open_cache(folder, local_cache=pages).read_rows(np.array([0]), teachers="a")
+    assert asked == [("read", RECORD.format(0))]
+
+
+def test_records_that_complete_json_does_not_vouch_for_are_never_believed_when_kept(folder, asked, pages):
+    record = folder / RECORD.format(2)
+    sound = record.read_bytes()
+    record.write_bytes(sound.replace(b'"min_logit": -', b'"min_logit": -1'))
+    assert record.read_bytes() != sound
+    read_all(folder, pages)
+    record.write_bytes(sound)
+    asked.clear()
+    read_all(folder, pages)
+    assert {key for _, key in asked} == {RECORD.format(shard) for shard in range(NUM_SHARDS)}
+    asked.clear()
+    read_all(folder, pages)
+    assert asked == []
+
+
+def test_a_kept_record_that_was_altered_is_read_where_it_lies(folder, asked, pages):
+    first = read_all(folder, pages)
+    altered = [path for path in pages.glob("*/*.page") if b'"certificate"' in path.read_bytes()]
+    assert len(altered) == NUM_SHARDS
+    for path in altered:
+        path.write_bytes(with_checksum(path.read_bytes()[:-4].replace(b'"shard_index":', b'"shard_index":1')))
+    asked.clear()
+    assert read_all(folder, pages) == first
+    assert {key for _, key in asked} == {RECORD.format(shard) for shard in range(NUM_SHARDS)}
 
 
 # At once --------------------------------------------------------------------------------------------------------------
