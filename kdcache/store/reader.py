@@ -241,7 +241,7 @@ class ShardedReader:
         """Read the indexes of all shards, where requests take their time: each shard is then one request away."""
         if self.is_far:
             shards = range(self.num_rows // self.spec.shard_rows)
-            for _ in at_once(shards, lambda shard: self._opened(shard, self._place_of(shard))):
+            for _ in at_once(shards, lambda shard: self._opened(shard, self._place_of(shard), index_alone=True)):
                 pass
 
     def _shards(self, wanted: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[int, Place, Iterable[_Stored]]]:
@@ -304,18 +304,18 @@ class ShardedReader:
         except FileNotFoundError as error:  # deleted since its index was read
             raise place.corrupt(_MISSING) from error
 
-    def _opened(self, shard_index: int, place: Place) -> tuple[_Index, bytes | None]:
+    def _opened(self, shard_index: int, place: Place, *, index_alone: bool = False) -> tuple[_Index, bytes | None]:
         """Give a shard's index; with the whole shard, where that came with it in the same request."""
         index = self._indexes.get(shard_index)
         if index is not None:
             return index, None
         expected = self._expected(shard_index)
         try:
-            ranges, whole = self._read_index(place, expected)
+            ranges, whole = self._read_index(place, expected, index_alone=index_alone)
         except CorruptCacheError:
             if not self._objects.forget(place.key):
                 raise
-            ranges, whole = self._read_index(place, expected)
+            ranges, whole = self._read_index(place, expected, index_alone=index_alone)
         index = _Index(ranges, expected.checksums)
         self._indexes.put(shard_index, index, index.num_bytes)
         return index, whole
@@ -323,11 +323,13 @@ class ShardedReader:
     def _expected(self, shard_index: int) -> Expected:
         return Expected() if self._expected_of is None else self._expected_of(shard_index)
 
-    def _read_index(self, place: Place, expected: Expected) -> tuple[npt.NDArray[np.int64], bytes | None]:
+    def _read_index(
+        self, place: Place, expected: Expected, *, index_alone: bool
+    ) -> tuple[npt.NDArray[np.int64], bytes | None]:
         known = self._objects.size(place.key) if expected.num_bytes is None else expected.num_bytes
         if known is None:
             raise place.corrupt(_MISSING)
-        is_whole = known <= self._objects.request_bytes
+        is_whole = known <= self._objects.request_bytes and not index_alone
         length = known if is_whole else min(known, self.spec.index_bytes)
         try:
             tail, standing = self._objects.read_sized(place.key, known - length, length, believed_bytes=known)

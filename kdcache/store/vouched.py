@@ -1,8 +1,8 @@
 """Vouched records: which of a teacher's records may be believed that are kept nearer than where the cache lies.
 
-`complete.json` names one digest over the digests of all records of a teacher. A single record cannot be held against it.
-So the digests of the records that are read are noted, and once all of them together are what `complete.json` vouches for,
-their list is kept: from then on each record can be held against the list, and the list against `complete.json`.
+`complete.json` names one digest over the digests of all records of a teacher, against which a single record cannot be
+held. So the digests of the records that are read are noted, and once all of them together are what `complete.json`
+vouches for, their list is kept: each record is held against the list then, and the list against `complete.json`.
 """
 
 from __future__ import annotations
