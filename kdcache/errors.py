@@ -139,7 +139,7 @@ class ExecutorError(KdcacheError, RuntimeError):
 
 
 class StoreError(KdcacheError, OSError):
-    """The place an address names cannot keep a cache: an unknown scheme, an unsafe key, no safe way to publish."""
+    """The place an address names cannot keep a cache: an unknown scheme, no answer, no safe way to publish."""
 
 
 class CacheNotFoundError(KdcacheError, FileNotFoundError):

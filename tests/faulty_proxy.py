@@ -26,6 +26,10 @@ class Faults:
     left: int = 0
     skipped: int = 0
     seen: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    """What was asked for, query and all, in the order of `seen`."""
+    delay_seconds: float = 0.0
+    """What every request waits before it is passed on, as on the way to a store far away."""
     lock: Any = field(default_factory=threading.Lock)
 
     def plan(self, kind: str, method: str, *, times: int = 1, after: int = 0) -> None:
@@ -33,10 +37,12 @@ class Faults:
         with self.lock:
             self.kind, self.method, self.left, self.skipped = kind, method, times, after
             self.seen.clear()
+            self.paths.clear()
 
-    def next_of(self, method: str) -> str:
+    def next_of(self, method: str, path: str) -> str:
         with self.lock:
             self.seen.append(method)
+            self.paths.append(path)
             if method != self.method or not self.left:
                 return ""
             if self.skipped:
@@ -51,8 +57,7 @@ def proxy_before(endpoint: str) -> Iterator[tuple[str, Faults]]:
     """Run a proxy; gives its endpoint and what it is told by."""
     faults = Faults()
     handler = type("Handler", (_Handler,), {"target": urlsplit(endpoint).netloc, "faults": faults})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -63,8 +68,15 @@ def proxy_before(endpoint: str) -> Iterator[tuple[str, Faults]]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # else connections that are opened at once wait a second
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 2**16
+    disable_nagle_algorithm = True  # else a small answer waits 40 ms for the acknowledgement of its own headers
     target = ""
     faults = Faults()
 
@@ -73,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        failure = self.faults.next_of(self.command)
+        failure = self.faults.next_of(self.command, self.path)
+        time.sleep(self.faults.delay_seconds)
         if failure == "stall":
             time.sleep(STALL_SECONDS)
         if failure in {"stall", "reset"}:

@@ -122,7 +122,7 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
     store = CacheStore.at(address)
     if "://" not in store.address and Path(store.address).is_file():
         raise CacheExistsError(f"{address} is a file; a cache is a folder. Nothing was written; give another address")
-    is_occupied = any(True for _ in store.objects.list(""))  # looked at before another builder's plan can come between
+    is_occupied = not store.objects.is_empty()  # looked at before another builder's plan can come between
     plans = store.plans()
     if is_occupied and not plans:
         if store.objects.size(layout.ROOT) is not None:

@@ -24,6 +24,7 @@ from kdcache.documents import (
     differences,
 )
 from kdcache.errors import PlanMismatchError, ShapeError
+from kdcache.store.limits import MAX_CHUNK_BYTES
 from kdcache.transfer_set import TransferSet
 
 CHUNK_BYTES = 2**18
@@ -79,7 +80,7 @@ def choose_layout(
     Raises
     ------
     ShapeError
-        A given number is below 1.
+        A given number is below 1, or a chunk would take more than 256 MiB.
     CodecError
         There are fewer classes than 1.
     """
@@ -97,6 +98,11 @@ def choose_layout(
         chunk_rows = min(max(_power_of_two_to(CHUNK_BYTES // row_bytes), few_rows), MAX_CHUNK_ROWS, shard_rows)
         while shard_rows % chunk_rows:
             chunk_rows -= 1
+    if chunk_rows * row_bytes > MAX_CHUNK_BYTES:
+        raise ShapeError(
+            f"{chunk_rows} rows of about {row_bytes} bytes would be read at a time, and a chunk may take "
+            f"{MAX_CHUNK_BYTES}; nothing was written. Choose fewer chunk_rows"
+        )
     return Layout(shard_rows, chunk_rows)
 
 

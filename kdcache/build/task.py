@@ -369,8 +369,11 @@ def remaining_shards(store: CacheStore, cache: CacheDocument, teacher: str) -> l
     missing = [shard for shard in range(cache.num_shards) if shard not in records]
     published = {shard: records[shard] for shard in sorted(records) if shard < cache.num_shards}
     hashed = _evenly_spread(published, RESUMED_BYTES)
+    sizes = store.shard_sizes(teacher) if published else {}
     with ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="kdcache-hash") as pool:
-        done = pool.map(lambda shard: _is_intact(store, cache, published[shard], whole=shard in hashed), published)
+        done = pool.map(
+            lambda shard: _is_intact(store, cache, published[shard], sizes.get(shard), whole=shard in hashed), published
+        )
         bad = [shard for shard, intact in zip(published, done, strict=True) if not intact]
     if bad:
         raise CorruptCacheError(
@@ -388,13 +391,13 @@ def _evenly_spread(records: Mapping[int, Record], max_bytes: int) -> set[int]:
     return set(list(records)[::step])
 
 
-def _is_intact(store: CacheStore, cache: CacheDocument, record: Record, *, whole: bool) -> bool:
+def _is_intact(store: CacheStore, cache: CacheDocument, record: Record, num_bytes: int | None, *, whole: bool) -> bool:
     """Tell whether a shard stands as its record says: its size, and if the whole of it is read, its digest."""
     teacher, shard_index = record.teacher, record.shard_index
-    if record.num_rows != cache.rows_in_shard(shard_index):
+    if record.num_rows != cache.rows_in_shard(shard_index) or num_bytes != record.num_bytes:
         return False
     if not whole:
-        return store.shard_size(teacher, shard_index) == record.num_bytes
+        return True
     try:
         data = store.shard_bytes(teacher, shard_index)
     except (FileNotFoundError, CorruptCacheError):

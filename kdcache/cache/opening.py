@@ -11,6 +11,7 @@ from kdcache.cache.reading import SoftTargetCache
 from kdcache.documents import CacheDocument, CompleteDocument, TeacherDocument
 from kdcache.errors import CorruptCacheError, IncompleteCacheError
 from kdcache.store import CacheStore, KeptPages, layout
+from kdcache.store.vouched import VouchedRecords
 
 LOCAL_CACHE_BYTES = 10 * 2**30
 """What parts of far caches may take in a local folder, where nothing is said."""
@@ -103,7 +104,11 @@ def _check_bound(
 def _kept_locally(cache: SoftTargetCache, folder: str | os.PathLike[str], max_bytes: int) -> SoftTargetCache:
     cache.require_complete("kept locally")
     identity = "" if cache.complete is None else cache.complete.digest()
-    pages = KeptPages(cache.store.objects, folder, identity=identity, max_bytes=max_bytes)
+    vouched = {
+        layout.records_folder(teacher.name): VouchedRecords(teacher.num_shards, teacher.records_digest)
+        for teacher in (() if cache.complete is None else cache.complete.teachers)
+    }
+    pages = KeptPages(cache.store.objects, folder, identity=identity, max_bytes=max_bytes, vouched=vouched)
     return SoftTargetCache(CacheStore(pages), cache.document, cache.complete, cache.teachers)
 
 

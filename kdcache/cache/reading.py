@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.decoders import open_decoder
+from kdcache.cache.examples import OpenExamples
 from kdcache.certificate import Certificate, certificate_of
 from kdcache.codecs import Decoder
 from kdcache.codecs.base import checked_temperature
@@ -33,11 +34,9 @@ if TYPE_CHECKING:
 
 RESIDENT_BYTES = 2**31
 """Coded rows up to this size are held in memory, where nothing is said."""
-MAX_HELD_DIGESTS = 2**22
-"""Input digests, of 16 bytes each, that are held in memory whole."""
 
 
-class SoftTargetCache:
+class SoftTargetCache(OpenExamples):
     """A cache, open for reading. Made by `open_cache` and `build_cache`.
 
     Attributes
@@ -57,10 +56,9 @@ class SoftTargetCache:
         complete: CompleteDocument | None,
         teachers: Mapping[str, TeacherDocument],
     ) -> None:
-        self.document = document
+        super().__init__(store, document)
         self.complete = complete
         self.teachers = dict(teachers)
-        self._store = store
         self._resident: dict[str, ResidentCodes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,11 +89,6 @@ class SoftTargetCache:
         return self.document.num_classes
 
     @property
-    def num_examples(self) -> int:
-        """Examples of the transfer set."""
-        return self.document.num_examples
-
-    @property
     def num_views(self) -> int:
         """Views of each example."""
         return self.document.num_views
@@ -108,48 +101,6 @@ class SoftTargetCache:
     def teacher_names(self) -> tuple[str, ...]:
         """The stored teachers, in the ensemble's order."""
         return tuple(self.teachers)
-
-    @functools.cached_property
-    def example_ids(self) -> np.ndarray:
-        """Ids of all examples in row order: int64 or object [example]. Read when first asked for."""
-        ids = self._store.example_column("example_id")
-        return np.asarray(ids)
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        """Labels of all examples in row order, int64 [example], or None. Read when first asked for."""
-        return self._store.example_column("label")
-
-    @functools.cached_property
-    def input_digests(self) -> np.ndarray | None:
-        """Input digests of all examples in row order, uint8 [example, 16], or None. Read when first asked for."""
-        return self._store.example_column("input_digest")
-
-    def input_digests_of(self, example_indices: np.ndarray) -> np.ndarray | None:
-        """Read the input digests of some examples by their place in row order, uint8 [example, 16], or None.
-
-        Held in memory where all take no more than 64 MiB; else only the parts of the example table are read that hold
-        these.
-        """
-        if self.num_examples <= MAX_HELD_DIGESTS:
-            return None if self.input_digests is None else self.input_digests[example_indices]
-        return self._store.example_values("input_digest", example_indices)
-
-    @functools.cached_property
-    def first_rows(self) -> np.ndarray:
-        """First row of every example within a view, int64 [example]. Read when first asked for.
-
-        Raises
-        ------
-        CorruptCacheError
-            They do not ascend from 0 to the rows that a view has.
-        """
-        first_rows = np.asarray(self._store.example_column("first_row"))
-        num_rows = np.diff(first_rows, append=self.document.num_rows)
-        if first_rows[0] or num_rows.min() < 1 or num_rows.max() >= 2**31:
-            reason = f"its first rows do not ascend from 0 to the {self.document.num_rows} rows of a view"
-            raise self._store.examples_place().corrupt(reason)
-        return first_rows
 
     def read(
         self,

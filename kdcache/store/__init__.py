@@ -19,12 +19,12 @@ __all__ = [
     "open_objects",
 ]
 
+from kdcache.store.codes_reader import CodesReader
 from kdcache.store.examples import ExampleTable
 from kdcache.store.kept_pages import KeptPages
 from kdcache.store.local_copy import LocalCopy
 from kdcache.store.local_objects import LocalObjects
 from kdcache.store.objects import Objects, open_objects
-from kdcache.store.reader import CodesReader
 from kdcache.store.resident import ResidentCodes
 from kdcache.store.sizes import CacheSizes
 from kdcache.store.store import CacheStore, PublishedShard

@@ -5,7 +5,15 @@ The only module that imports obstore, when the first request is made.
 
 from __future__ import annotations
 
-__all__ = ["AlreadyStandsError", "BucketClient", "Client", "RefusedRangeError", "UnansweredError", "UnsupportedError"]
+__all__ = [
+    "AlreadyStandsError",
+    "BucketClient",
+    "Client",
+    "Listed",
+    "RefusedRangeError",
+    "UnansweredError",
+    "UnsupportedError",
+]
 
 import errno
 import functools
@@ -13,13 +21,15 @@ import ipaddress
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from kdcache.errors import MissingExtraError, StoreError
 from kdcache.store.bucket_address import BucketAddress, RequestLimits
+from kdcache.store.keys import is_hidden
+from kdcache.store.limits import TooLargeError
 
 _MAX_RETRIES = 100
 """Time bounds the tries, not their number."""
@@ -28,6 +38,10 @@ _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _STATUS = re.compile(r"status code: (?P<status>\d{3})")
 _CODE = re.compile(r"<Code>(?P<code>\w{1,64})</Code>")
 _CAUSE = re.compile(r"TimedOut|ConnectionRefused|ConnectionReset|IncompleteMessage|dns error|CredentialsNotLoaded")
+_SETTING = re.compile(
+    r"unable to \w+ service account|no such file|relative URL without a base|invalid port|certificate",
+    re.IGNORECASE,
+)
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN), or the machine's or pod's own role",
@@ -69,6 +83,24 @@ _PASSING_CODES = frozenset({"RequestTimeout", "SlowDown"})
 """Refusals that may not be the last word: too slow, in conflict with another request, too many."""
 
 
+class Listed(NamedTuple):
+    """An object as a listing tells of it.
+
+    Attributes
+    ----------
+    path
+        Below the store's prefix.
+    num_bytes
+        Its size.
+    stored_seconds
+        When it was stored, by the server's clock.
+    """
+
+    path: str
+    num_bytes: int
+    stored_seconds: float
+
+
 class Client(Protocol):
     """What is asked of a bucket; paths are below its prefix."""
 
@@ -79,8 +111,11 @@ class Client(Protocol):
     def size(self, path: str) -> int | None:
         """Ask for an object's size in bytes; None when none stands there."""
 
-    def read(self, path: str) -> bytes:
-        """Read a whole object."""
+    def read(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a whole object; TooLargeError where it has more bytes than that."""
+
+    def read_sized(self, path: str, start: int, length: int) -> tuple[bytes, int]:
+        """Read a range, not empty, and tell the size of the whole object."""
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, max_gap_bytes: int) -> Sequence[Any]:
         """Read ranges, (start, length) in bytes, none empty; those near to one another in one request."""
@@ -91,8 +126,11 @@ class Client(Protocol):
     def delete(self, path: str) -> None:
         """Remove an object, whether one stands there or not."""
 
-    def list(self, folder: str) -> Sequence[tuple[str, float]]:
-        """List the objects below a folder ("" for all): path, and seconds of the server's clock."""
+    def list(self, folder: str) -> Sequence[Listed]:
+        """List the objects below a folder ("" for all)."""
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing stands below the prefix, hidden objects aside."""
 
 
 class BucketClient:
@@ -124,8 +162,8 @@ class BucketClient:
             self._writing = _open(self._obstore, address, limits, stall_seconds=limits.request_seconds)
         except (self._obstore.exceptions.BaseError, ValueError) as error:
             raise StoreError(
-                f"{address} cannot be opened with the settings in the environment ({_summary(error)}). Nothing was "
-                "read or written. See docs/howto/object-stores.md; credentials come from "
+                f"{address} cannot be opened with the settings in the environment ({_setting(error)}). Nothing "
+                "was read or written. See docs/howto/object-stores.md; credentials come from "
                 f"{_CREDENTIALS[address.scheme]}"
             ) from None
 
@@ -146,10 +184,26 @@ class BucketClient:
         except FileNotFoundError:
             return None
 
-    def read(self, path: str) -> bytes:
-        """Read a whole object."""
-        answer = self._ask("GET", path, lambda: self._obstore.get(self._reading, path).bytes())
-        return bytes(answer.to_bytes())
+    def read(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a whole object; TooLargeError, before its bytes are taken, where it has more than that."""
+
+        def request() -> Any:
+            answer = self._obstore.get(self._reading, path)
+            num_bytes = int(answer.meta["size"])
+            if max_bytes is not None and num_bytes > max_bytes:
+                raise TooLargeError(num_bytes)
+            return answer.bytes()
+
+        return bytes(self._ask("GET", path, request).to_bytes())
+
+    def read_sized(self, path: str, start: int, length: int) -> tuple[bytes, int]:
+        """Read a range, not empty, and tell the size of the whole object, which comes with the answer."""
+
+        def request() -> tuple[bytes, int]:
+            answer = self._obstore.get(self._reading, path, options={"range": (start, start + length)})
+            return bytes(answer.bytes().to_bytes()), int(answer.meta["size"])
+
+        return self._ask("GET", path, request)
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, max_gap_bytes: int) -> Sequence[Any]:
         """Read ranges, (start, length) in bytes, none empty; those near to one another in one request."""
@@ -178,17 +232,17 @@ class BucketClient:
         except FileNotFoundError:  # some servers say so
             return
 
-    def list(self, folder: str) -> Sequence[tuple[str, float]]:
-        """List the objects below a folder ("" for all), in no order: path, and seconds of the server's clock."""
-        return self._ask(
-            "LIST",
-            folder,
-            lambda: [
-                (str(found["path"]), found["last_modified"].timestamp())
-                for part in self._obstore.list(self._reading, folder or None)
-                for found in part
-            ],
-        )
+    def list(self, folder: str) -> Sequence[Listed]:
+        """List the objects below a folder ("" for all), in no order."""
+        return self._ask("LIST", folder, lambda: [each for page in self._pages(folder) for each in page])
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing stands below the prefix, hidden objects aside; asks page by page, to the first one."""
+        return self._ask("LIST", "", lambda: all(is_hidden(each.path) for page in self._pages("") for each in page))
+
+    def _pages(self, folder: str) -> Iterator[Sequence[Listed]]:
+        for page in self._obstore.list(self._reading, folder or None):
+            yield [Listed(str(found["path"]), int(found["size"]), found["last_modified"].timestamp()) for found in page]
 
     def _ask(self, verb: str, path: str, request: Callable[[], Answer]) -> Answer:
         exceptions = self._obstore.exceptions
@@ -318,6 +372,12 @@ def _names_no_bucket(error: Exception) -> bool:
 def _code(error: Exception) -> str:
     found = _CODE.search(str(error))
     return "" if found is None else found["code"]
+
+
+def _setting(error: Exception) -> str:
+    """Name the kind of error, and what it says of an endpoint; settings, which may be secret, are not repeated."""
+    causes = dict.fromkeys(found.lower() for found in _SETTING.findall(str(error)))
+    return ", ".join([type(error).__name__, *causes])
 
 
 def _summary(error: Exception) -> str:

@@ -21,12 +21,13 @@ from kdcache.store.bucket_client import (
     AlreadyStandsError,
     BucketClient,
     Client,
+    Listed,
     RefusedRangeError,
     UnansweredError,
     UnsupportedError,
 )
 from kdcache.store.claims import publish_claimed
-from kdcache.store.keys import check_key
+from kdcache.store.keys import check_key, is_hidden
 from kdcache.store.locks import Renewed
 
 MAX_OBJECT_BYTES = 5 * 2**30
@@ -86,6 +87,8 @@ class BucketObjects:
 
     def __reduce__(self) -> tuple[type[BucketObjects], tuple[str, RequestLimits]]:
         return type(self), (self.address, self._limits)
+
+    request_bytes = _MAX_GAP_BYTES
 
     @property
     def address(self) -> str:
@@ -151,14 +154,28 @@ class BucketObjects:
         self.client.delete(key)
         return True
 
-    def read(self, key: str) -> bytes:
-        """Read a whole object; FileNotFoundError when none stands under `key`."""
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a whole object; FileNotFoundError when none stands under `key`, TooLargeError where it is larger."""
         check_key(key)
-        return self.client.read(key)
+        return self.client.read(key, max_bytes=max_bytes)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`; FileNotFoundError when nothing stands under `key`."""
         return next(self.read_ranges(key, [(start, length)])).tobytes()
+
+    def read_sized(self, key: str, start: int, length: int, *, believed_bytes: int) -> tuple[bytes, int]:
+        """Read as `read_range`, and tell the object's size, in one request where it is as large as believed."""
+        check_key(key)
+        if 0 <= start < start + length <= believed_bytes:
+            try:
+                data, size = self.client.read_sized(key, start, length)
+            except RefusedRangeError:  # it is smaller
+                self._sizes.pop(key, None)
+            else:
+                self._remember(key, size)
+                return data, size
+        standing = self.size(key)
+        return self.read_range(key, start, length), standing or 0
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield ranges of one object, (start, length) in bytes; those near to one another are read together.
@@ -179,25 +196,38 @@ class BucketObjects:
         """Give an object's size in bytes, or None when none stands under `key`."""
         check_key(key)
         size = self.client.size(key)
-        if len(self._sizes) >= _MAX_KNOWN_SIZES:
-            self._sizes.clear()
         if size is None:
             self._sizes.pop(key, None)
         else:
-            self._sizes[key] = size
+            self._remember(key, size)
         return size
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys below the folder `prefix` ("" for all), sorted by path component; hidden ones never."""
-        if prefix:
-            check_key(prefix)
-        keys = [path.split("/") for path, _ in self.client.list(prefix)]
-        yield from ("/".join(parts) for parts in sorted(keys) if not any(part.startswith(".") for part in parts))
+        yield from sorted((found.path for found in self._listed(prefix)), key=lambda path: path.split("/"))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Give the size in bytes of each object below the folder `prefix` ("" for all), as a listing tells it."""
+        return {found.path: found.num_bytes for found in self._listed(prefix)}
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing stands at the address, hidden objects aside; asks page by page, to the first one."""
+        return self.client.is_empty()
 
     def forget(self, key: str) -> int:
         """Drop nothing but the object's size: objects are read where they stand."""
         self._sizes.pop(key, None)
         return 0
+
+    def _listed(self, prefix: str) -> Sequence[Listed]:
+        if prefix:
+            check_key(prefix)
+        return [found for found in self.client.list(prefix) if not is_hidden(found.path)]
+
+    def _remember(self, key: str, size: int) -> None:
+        if len(self._sizes) >= _MAX_KNOWN_SIZES:
+            self._sizes.clear()
+        self._sizes[key] = size
 
     def _fetched(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[npt.NDArray[np.uint8]]:
         """Read ranges, cut where the object ends; servers differ in what they make of ranges beyond it."""

@@ -20,6 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from kdcache.errors import StoreError
 from kdcache.store.bucket_address import RequestLimits
@@ -46,14 +47,15 @@ def publish_claimed(client: Client, key: str, data: bytes, limits: RequestLimits
     StoreError
         Another writer's claim stood too long; nothing was stored.
     UnansweredError
-        The object may stand or not. The claim stays for as long as the lost request may last.
+        A request was not answered. The claim stays for as long as the request may last, where it was that to store
+        the object; else it is taken away, if the server lets that through.
     """
     deadline = time.monotonic() + 2 * limits.lease_seconds
     wait_seconds = limits.first_wait_seconds / 4
     while client.size(key) is None:
-        with _claim(client, key, limits) as is_alone:
-            if is_alone:
-                return _stored(client, key, data)
+        with _claim(client, key, limits) as claim:
+            if claim.is_alone:
+                return _stored(client, key, data, claim)
         if time.monotonic() > deadline:
             raise StoreError(
                 f"{key} is claimed by another writer for longer than any request lasts, and was not stored. See the "
@@ -64,10 +66,22 @@ def publish_claimed(client: Client, key: str, data: bytes, limits: RequestLimits
     return False
 
 
-def _stored(client: Client, key: str, data: bytes) -> bool:
+@dataclass
+class _Claim:
+    """A claim that stands: whether it is the only one, and whether a request to store may be carried out yet."""
+
+    is_alone: bool = False
+    is_storing: bool = False
+
+
+def _stored(client: Client, key: str, data: bytes, claim: _Claim) -> bool:
     if client.size(key) is not None:  # since it was last looked for, and before the claim stood
         return False
-    client.put(key, data, create_only=False)
+    try:
+        client.put(key, data, create_only=False)
+    except UnansweredError:
+        claim.is_storing = True
+        raise
     try:
         return client.read(key) == data
     except FileNotFoundError:
@@ -75,23 +89,26 @@ def _stored(client: Client, key: str, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _claim(client: Client, key: str, limits: RequestLimits) -> Iterator[bool]:
-    """Put a claim, tell whether it is the only one, and take it away."""
+def _claim(client: Client, key: str, limits: RequestLimits) -> Iterator[_Claim]:
+    """Put a claim, tell whether it is the only one, and take it away.
+
+    It stays where the object may be stored yet: others must wait for as long as that can last. One whose own request
+    was lost, and that comes to stand behind its deletion, is broken when it is stale, like those of the dead.
+    """
     folder = f"{_FOLDER}/{key}"
     path = f"{folder}/{this_machine()}-{os.getpid()}-{secrets.token_hex(8)}"
-    client.put(path, b"", create_only=False)
+    claim = _Claim()
     try:
-        yield _is_alone(client, folder, path, limits.lease_seconds)
-    except UnansweredError:
-        raise  # a request of ours may be carried out yet: others must wait for as long as it can last
-    except BaseException:
-        _take_away(client, path)
-        raise
-    _take_away(client, path)
+        client.put(path, b"", create_only=False)
+        claim.is_alone = _is_alone(client, folder, path, limits.lease_seconds)
+        yield claim
+    finally:
+        if not claim.is_storing:
+            _take_away(client, path)
 
 
 def _is_alone(client: Client, folder: str, path: str, lease_seconds: float) -> bool:
-    claims = dict(client.list(folder))
+    claims = {listed.path: listed.stored_seconds for listed in client.list(folder)}
     if path not in claims:
         return False
     others = [other for other in claims if other != path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ATTRIBUTE", "MAX_JSON_BYTES", "CacheFiles"]
+__all__ = ["ATTRIBUTE", "CacheFiles"]
 
 import contextlib
 import json
@@ -15,14 +15,12 @@ import numpy.typing as npt
 from kdcache.documents import Document
 from kdcache.errors import DocumentError, Problem
 from kdcache.store import arrays, layout
+from kdcache.store.limits import MAX_JSON_BYTES, TooLargeError
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
 
 ATTRIBUTE = "kdcache"
 """The Zarr attribute under which a group keeps its document."""
-
-MAX_JSON_BYTES = 64 * 2**20
-"""The largest JSON file that is read: a thousand times the largest of a real cache, and little memory."""
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -127,13 +125,13 @@ class CacheFiles:
             raise place.corrupt("the array that stands there is not the one that this build would write")
 
     def _read_text(self, place: Place) -> bytes | None:
-        size = self.objects.size(place.key)
-        if size is not None and size > MAX_JSON_BYTES:
-            raise place.corrupt(f"the file has {size} bytes; no JSON document of a cache has over {MAX_JSON_BYTES}")
         try:
-            return self.objects.read(place.key)
+            return self.objects.read(place.key, max_bytes=MAX_JSON_BYTES)
         except FileNotFoundError:
             return None
+        except TooLargeError as error:
+            reason = f"the file has {error.num_bytes} bytes; no JSON document of a cache has over {MAX_JSON_BYTES}"
+            raise place.corrupt(reason) from error
 
     def place(self, key: str) -> Place:
         """Give the place of a file with no remedy of its own."""

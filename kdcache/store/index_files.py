@@ -19,7 +19,7 @@ from kdcache.store.examples import ExampleTable
 from kdcache.store.files import CacheFiles
 from kdcache.store.index import CHUNK_ENTRIES, IdIndex, index_arrays, index_spec
 from kdcache.store.place import Place
-from kdcache.store.reader import ShardedReader
+from kdcache.store.reader import Expected, ShardedReader
 from kdcache.store.shards import ShardSpec, checksums_of_chunks, decode_shard, encode_shard
 
 _FENCE_BYTES = 8
@@ -133,11 +133,11 @@ def open_index(files: CacheFiles, cache_document: CacheDocument, *, fences_sha25
     )
 
 
-def _expected(checksums: npt.NDArray[np.uint32], spec: ShardSpec, shard_index: int) -> bytes:
+def _expected(checksums: npt.NDArray[np.uint32], spec: ShardSpec, shard_index: int) -> Expected:
     """Give the checksums of a shard's chunks; those behind the last entry are never read."""
     first = shard_index * spec.num_chunks
     found = checksums[first : first + spec.num_chunks].tobytes()
-    return found.ljust(spec.num_chunks * CHECKSUM_BYTES, b"\0")
+    return Expected(checksums=found.ljust(spec.num_chunks * CHECKSUM_BYTES, b"\0"))
 
 
 def _publish_entries(files: CacheFiles, place: Place, entries: npt.NDArray[np.uint64], spec: ShardSpec) -> bytes:

@@ -5,6 +5,8 @@ when they are first needed, a few of a kind in one request, and kept as files of
 are dropped where all would take more than was allowed. A page carries a CRC-32C: one that was altered is fetched again.
 Only objects that never change once they stand are kept, under a name that tells the cache by its content, and the
 object by its key and its size: what was kept of one that was half copied does not stand for the whole one.
+
+Records are kept as they are read, and are believed once `complete.json` can vouch for each (`kdcache.store.vouched`).
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdcache.errors import OptionError, StoreError
 from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
 from kdcache.store.layout import GROUPS, METADATA
+from kdcache.store.limits import TooLargeError
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects
+from kdcache.store.vouched import VouchedRecords
 
 PAGE_BYTES = 2**20
 _KEPT_AFTER_DROPPING = 0.9
@@ -49,6 +53,8 @@ class KeptPages:
     max_bytes : int
         What the folder may take, at least 16 pages; while a page is written, one more for each thread. Processes
         that share the folder may each add a sixteenth until they see what the others added.
+    vouched : mapping of str to VouchedRecords, optional
+        What is known of folders of records.
 
     Raises
     ------
@@ -63,7 +69,15 @@ class KeptPages:
         Once, when a page cannot be written or dropped; what was read is given all the same.
     """
 
-    def __init__(self, objects: Objects, folder: str | os.PathLike[str], *, identity: str, max_bytes: int) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        folder: str | os.PathLike[str],
+        *,
+        identity: str,
+        max_bytes: int,
+        vouched: Mapping[str, VouchedRecords] | None = None,
+    ) -> None:
         if max_bytes < 16 * PAGE_BYTES:
             raise OptionError(f"a local cache of {max_bytes} bytes holds too little; give at least {16 * PAGE_BYTES}")
         self._objects = objects
@@ -71,6 +85,9 @@ class KeptPages:
         self._identity = identity
         self._max_bytes = max_bytes
         self._sizes: dict[str, int] = {}
+        self._vouched = dict(vouched or {})
+        self._digests: dict[str, dict[int, str]] = {}
+        self._lists: dict[str, bytes] = {}
         self._num_bytes: int | None = None
         self._added_bytes = 0
         self._counting_pid: int | None = None
@@ -89,8 +106,13 @@ class KeptPages:
         """Where the objects are."""
         return self._objects.address
 
+    @property
+    def request_bytes(self) -> int:
+        """As the objects'."""
+        return self._objects.request_bytes
+
     def __reduce__(self) -> tuple[object, ...]:
-        return _again, (self._objects, self._folder, self._identity, self._max_bytes)
+        return _again, (self._objects, self._folder, self._identity, self._max_bytes, self._vouched)
 
     def publish(self, key: str, data: bytes) -> bool:
         """As the objects'."""
@@ -104,12 +126,18 @@ class KeptPages:
         """As the objects'."""
         return self._objects.delete(key)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
         """Read a whole object: a shard or a part of the index through the pages, anything else where it is."""
+        parent, _, name = key.rpartition("/")
+        if parent in self._vouched and name.removesuffix(".json").isdecimal():
+            return self._read_record(key, parent, int(name.removesuffix(".json")), max_bytes)
         group, _, rest = key.partition("/")
         if group not in GROUPS or rest.endswith(METADATA):
-            return self._objects.read(key)
-        return self.read_range(key, 0, self._known_size(key))
+            return self._objects.read(key, max_bytes=max_bytes)
+        size = self._known_size(key)
+        if max_bytes is not None and size > max_bytes:
+            raise TooLargeError(size)
+        return self.read_range(key, 0, size)
 
     def size(self, key: str) -> int | None:
         """Give an object's size in bytes, or None when none stands under `key`; asks where it is."""
@@ -122,9 +150,30 @@ class KeptPages:
         """As the objects'."""
         return self._objects.list(prefix)
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """As the objects'."""
+        return self._objects.sizes(prefix)
+
+    def is_empty(self) -> bool:
+        """As the objects'."""
+        return self._objects.is_empty()
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`, through the pages."""
         return next(self.read_ranges(key, [(start, length)]))
+
+    def read_sized(self, key: str, start: int, length: int, *, believed_bytes: int) -> tuple[bytes, int]:
+        """Read as `read_range`, and tell the object's size; where all pages are kept of one of that size, nobody asks.
+
+        Pages are fetched together with the size of what they are part of, so that those kept under a size are of an
+        object of that size, whoever believed it.
+        """
+        believed = self._sizes.setdefault(key, believed_bytes)
+        data = self.read_range(key, start, length)
+        size = self._sizes.get(key, believed)
+        if size != believed:  # where it stands it is another: what was read may have been beyond its end
+            data = self.read_range(key, start, length)
+        return data, size
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield ranges of one object, (start, length) in bytes, through the pages.
@@ -165,6 +214,32 @@ class KeptPages:
                 num_dropped += self._drop(self._path(key, size, number))
         return num_dropped
 
+    def _read_record(self, key: str, parent: str, index: int, max_bytes: int | None) -> bytes:
+        """Give a record that is kept, where it can be vouched for; or read it where it is, and keep it."""
+        vouched, path = self._vouched[parent], self._path(key, 0, 0)
+        listed = self._list_of(parent)
+        kept = None if listed is None else self._kept(path)
+        if kept is not None and listed is not None and vouched.is_vouched(kept, index, listed):
+            return kept
+        data = self._objects.read(key, max_bytes=max_bytes)
+        self._keep(path, data)
+        with self._lock:
+            digests = self._digests.setdefault(parent, {})
+            digests[index] = hashlib.sha256(data).hexdigest()
+            found = vouched.listed(digests) if len(digests) == vouched.num_records else None
+        if found is not None:
+            self._keep(self._path(f"{parent}/", 0, 0), found)
+        return data
+
+    def _list_of(self, parent: str) -> bytes | None:
+        """Give the list of the digests of a folder's records, if one is kept that is vouched for."""
+        if parent not in self._lists:
+            kept = self._kept(self._path(f"{parent}/", 0, 0))
+            if kept is None or not self._vouched[parent].is_list(kept):
+                return None
+            self._lists[parent] = kept
+        return self._lists[parent]
+
     def _known_size(self, key: str) -> int:
         size = self._sizes.get(key)
         if size is None:
@@ -188,12 +263,12 @@ class KeptPages:
     def _fetched(self, key: str, size: int, first: int, last: int) -> dict[int, bytes]:
         """Fetch neighbouring pages in one request, and keep them."""
         start, stop = first * PAGE_BYTES, min((last + 1) * PAGE_BYTES, size)
-        data = self._objects.read_range(key, start, stop - start)
+        data, standing = self._objects.read_sized(key, start, stop - start, believed_bytes=size)
         pages = {
             first + place: data[place * PAGE_BYTES : (place + 1) * PAGE_BYTES] for place in range(last - first + 1)
         }
-        if len(data) < stop - start:  # the object is not what it was when its size was asked
-            self._sizes.pop(key, None)
+        if standing != size:  # the object is not what it was when its size was asked, or what it was believed to be
+            self._sizes[key] = standing
             return pages
         for number, page in pages.items():
             self._keep(self._path(key, size, number), page)
@@ -304,5 +379,7 @@ def _page_numbers(start: int, length: int) -> range:
     return range(start // PAGE_BYTES, -(-(start + length) // PAGE_BYTES)) if length else range(0)
 
 
-def _again(objects: Objects, folder: Path, identity: str, max_bytes: int) -> KeptPages:
-    return KeptPages(objects, folder, identity=identity, max_bytes=max_bytes)
+def _again(
+    objects: Objects, folder: Path, identity: str, max_bytes: int, vouched: Mapping[str, VouchedRecords]
+) -> KeptPages:
+    return KeptPages(objects, folder, identity=identity, max_bytes=max_bytes, vouched=vouched)

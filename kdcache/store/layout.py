@@ -21,6 +21,7 @@ __all__ = [
     "record_key",
     "records_folder",
     "shard_key",
+    "shards_folder",
     "teacher_group",
 ]
 
@@ -66,6 +67,11 @@ def teacher_group(name: str) -> str:
 def shard_key(name: str, shard_index: int) -> str:
     """Give the key of one shard of a teacher's codes."""
     return chunk_key(f"{teacher_group(name)}/{CODES}", (shard_index, 0))
+
+
+def shards_folder(name: str) -> str:
+    """Give the folder of all shards of a teacher's codes."""
+    return f"{teacher_group(name)}/{CODES}/c"
 
 
 def records_folder(name: str) -> str:

@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
 from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
-from kdcache.store.reader import CodesReader, distinct
+from kdcache.store.codes_reader import CodesReader
+from kdcache.store.reader import distinct
 
 _BLOCK_BYTES = 2**16
 
@@ -122,10 +123,12 @@ def _write(path: Path, reader: CodesReader, num_rows: int) -> None:
     sums: list[int] = []
     pending = np.empty((0, spec.num_columns), spec.little)
     try:
+        reader.prepare()
         with partial.open("wb") as file:
             for first_row in range(0, num_rows, spec.shard_rows):
                 rows = np.empty((spec.shard_rows, spec.num_columns), spec.little)
-                reader.read_block(first_row, rows)
+                first_chunk = first_row // spec.chunk_rows
+                reader.read_chunks(range(first_chunk, first_chunk + spec.num_chunks), rows, first_row=first_row)
                 file.write(rows.data)
                 pending = np.concatenate([pending, rows])
                 num_summed = len(pending) // block_rows * block_rows

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kdcache.errors import StoreError
 from kdcache.store.keys import check_key
+from kdcache.store.limits import TooLargeError
 from kdcache.store.room import room
 from kdcache.store.writers import is_alive, this_machine
 
@@ -51,6 +52,8 @@ class LocalObjects:
     def __repr__(self) -> str:
         return f"LocalObjects({self._address!r})"
 
+    request_bytes = 0
+
     @property
     def address(self) -> str:
         """The folder as it was given."""
@@ -61,11 +64,11 @@ class LocalObjects:
         path = self._path(key)
         with _writing(path):
             if path.exists():
-                _sync_folder(path.parent)  # its writer may not have come as far as this
+                _sync_standing(path)  # its writer may not have come as far as this
                 return False
             with self._partial(path, data) as partial:
                 created = _link(partial, path)
-            _sync_folder(path.parent)
+            _sync_standing(path)
             return created
 
     def replace(self, key: str, data: bytes) -> None:
@@ -74,7 +77,7 @@ class LocalObjects:
         with _writing(path):
             with self._partial(path, data) as partial:
                 partial.replace(path)
-            _sync_folder(path.parent)
+            _sync_standing(path)
 
     def delete(self, key: str) -> bool:
         """Remove an object; False when none stood there."""
@@ -84,18 +87,27 @@ class LocalObjects:
                 path.unlink()
             except (FileNotFoundError, NotADirectoryError):
                 return False
-            _sync_folder(path.parent)
+            with _writing(path, "removed for good", "It is gone, and stands again if power fails now; all other"):
+                _sync_folder(path.parent)
             return True
 
-    def read(self, key: str) -> bytes:
-        """Read a whole object; FileNotFoundError when none stands under `key`."""
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a whole object; FileNotFoundError when none stands under `key`, TooLargeError where it is larger."""
         path = self._path(key)
-        with _reading(path):
-            return path.read_bytes()
+        with _reading(path), path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if max_bytes is not None and num_bytes > max_bytes:
+                raise TooLargeError(num_bytes)
+            return file.read()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read up to `length` bytes from byte `start`; FileNotFoundError when nothing stands under `key`."""
         return next(self.read_ranges(key, [(start, length)])).tobytes()
+
+    def read_sized(self, key: str, start: int, length: int, *, believed_bytes: int) -> tuple[bytes, int]:  # noqa: ARG002
+        """Read as `read_range`, and tell the file's size."""
+        data = self.read_range(key, start, length)
+        return data, self._path(key).stat().st_size
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield ranges of one file, (start, length) in bytes, each in the memory of the one before.
@@ -139,6 +151,15 @@ class LocalObjects:
                 yield from self.list(key)
             else:
                 yield key
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Give the size in bytes of each object below the folder `prefix` ("" for all)."""
+        sizes = ((key, self.size(key)) for key in self.list(prefix))
+        return {key: size for key, size in sizes if size is not None}  # None: taken away since
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing stands in the folder, hidden files aside."""
+        return next(self.list(""), None) is None
 
     def forget(self, key: str) -> int:  # noqa: ARG002 - files are read where they stand
         """Drop nothing: files are read where they stand."""
@@ -257,6 +278,12 @@ def _write_fully(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _sync_standing(path: pathlib.Path) -> None:
+    """Sync the folder of a file that has its name: where that fails, the file stands all the same."""
+    with _writing(path, "made durable", "It stands whole, and is lost if power fails before it is on the disk; all"):
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

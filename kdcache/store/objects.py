@@ -28,6 +28,13 @@ class Objects(Protocol):
     def address(self) -> str:
         """The address as a user would type it."""
 
+    @property
+    def request_bytes(self) -> int:
+        """Bytes that take about as long as a request takes by itself; 0 where there are no requests to spare.
+
+        Where it is above 0, requests that do not depend on each other are best made at once.
+        """
+
     def publish(self, key: str, data: bytes) -> bool:
         """Store an object unless one stands under `key`; durable on return.
 
@@ -43,8 +50,19 @@ class Objects(Protocol):
     def delete(self, key: str) -> bool:
         """Remove an object; False when none stood there."""
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int | None = None) -> bytes:
         """Read a whole object.
+
+        Raises
+        ------
+        FileNotFoundError
+            No object stands under `key`.
+        TooLargeError
+            It has more than `max_bytes` bytes, where these are given; none is read.
+        """
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Read up to `length` bytes from byte `start`; fewer where the object ends before.
 
         Raises
         ------
@@ -52,8 +70,10 @@ class Objects(Protocol):
             No object stands under `key`.
         """
 
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Read up to `length` bytes from byte `start`; fewer where the object ends before.
+    def read_sized(self, key: str, start: int, length: int, *, believed_bytes: int) -> tuple[bytes, int]:
+        """Read as `read_range`, and tell the size of the whole object as it stands.
+
+        Where the range lies within the object, and that is as large as it is believed to be, that is one request.
 
         Raises
         ------
@@ -78,6 +98,12 @@ class Objects(Protocol):
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys below the folder `prefix` ("" for all), sorted by path component."""
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Give the size in bytes of each object below the folder `prefix` ("" for all), in the requests of `list`."""
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing stands at the address; asks no further than to the first object."""
+
     def forget(self, key: str) -> int:
         """Drop what is kept of an object nearer than where it stands; gives how many parts, 0 where none are kept."""
 
@@ -95,14 +121,21 @@ def open_objects(address: str | os.PathLike[str]) -> Objects:
     Raises
     ------
     StoreError
-        The address names a kind of store that this release does not know, or no bucket, or holds credentials.
+        The address names a kind of store that this release does not know, or no bucket, or holds credentials; or a
+        file:// address that of another machine.
     """
     text = os.fspath(address)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return LocalObjects(text)
     if scheme == "file":
-        return LocalObjects(rest)
+        host, slash, path = rest.partition("/")
+        if not slash or host not in {"", "localhost"}:
+            raise StoreError(
+                f"{text}: a file:// address is of this machine, and its path starts at the root; nothing was read or "
+                "written. Give file:///PATH, or a path"
+            )
+        return LocalObjects(f"/{path}")
     if scheme in SCHEMES:
         from kdcache.store.bucket_objects import BucketObjects  # noqa: PLC0415 - folders do without
 

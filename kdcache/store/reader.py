@@ -1,22 +1,31 @@
 """Reading rows out of shards: any rows in any order, whole shards, or everything.
 
-A `ShardedReader` reads any sharded array of a cache; a `CodesReader` reads a teacher's codes and refuses holes. Both
-keep every shard's index and the chunks last decoded, in bounded memory, and may be used by several threads at once.
+A `ShardedReader` reads any sharded array of a cache. It keeps every shard's index and the chunks last decoded, in
+bounded memory, and may be used by several threads at once. Where requests take their time, as to an object store, those
+for several shards are made at once, and small shards are read whole.
 """
 
 from __future__ import annotations
 
-__all__ = ["DECODING_THREADS", "DEFAULT_CACHE_BYTES", "CodesReader", "ShardedReader", "distinct"]
+__all__ = [
+    "DECODING_THREADS",
+    "DEFAULT_CACHE_BYTES",
+    "Expected",
+    "ShardedReader",
+    "by_chunk",
+    "check_rows",
+    "distinct",
+]
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument
 from kdcache.errors import CorruptCacheError, ShapeError
+from kdcache.store.at_once import at_once
 from kdcache.store.checksums import CHECKSUM_BYTES
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
@@ -29,6 +38,18 @@ DEFAULT_CACHE_BYTES = 64 * 2**20
 DECODING_THREADS = 2
 """Threads that decode ahead. Decompressing leaves the interpreter to others, so that training goes on beside them."""
 _MISSING = "the shard is missing"
+_AHEAD_BYTES = 2**26
+"""What chunks that were fetched before their turn may take, decoded."""
+_OVERHEAD_BYTES = 64
+"""What a stored chunk that does not compress has above its decoded size, at most."""
+
+
+class _Stored(NamedTuple):
+    """A chunk's number in its shard, its bytes as stored, and the checksum that it is to have, if that is known."""
+
+    chunk_in_shard: int
+    data: bytes | npt.NDArray[np.uint8]
+    expected: bytes | None
 
 
 class ShardedReader:
@@ -46,8 +67,8 @@ class ShardedReader:
         Shards of the array.
     cache_bytes : int
         Decoded chunks to keep, in bytes; as much again at most is kept of the shards' indexes.
-    expected_of : callable (shard number) -> bytes or None, optional
-        Gives the checksums that the shard's chunks are to have, one behind the other, or None where nobody knows.
+    expected_of : callable (shard number) -> Expected, optional
+        Gives what is known of the shard from elsewhere.
     """
 
     def __init__(
@@ -58,7 +79,7 @@ class ShardedReader:
         num_shards: int,
         *,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
-        expected_of: Callable[[int], bytes | None] | None = None,
+        expected_of: Callable[[int], Expected] | None = None,
     ) -> None:
         self.spec = spec
         self.num_rows = num_shards * spec.shard_rows
@@ -68,6 +89,11 @@ class ShardedReader:
         self._indexes: Recent[int, _Index] = Recent(max(cache_bytes, spec.index_bytes))
         self._chunks: Recent[int, npt.NDArray[Any]] = Recent(cache_bytes)
         self._every_row = np.arange(spec.chunk_rows)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether requests take their time, so that they are best made at once and each for much."""
+        return self._objects.request_bytes > 0
 
     def read_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Read rows by number, in the order given; each chunk is read once however many of its rows are asked for.
@@ -113,31 +139,36 @@ class ShardedReader:
                 missing.append(chunk_index)
             else:
                 yield chunk_index, chunk
-        for shard_index, within in _by_shard(missing, self.spec.num_chunks):
-            yield from self._read_chunks(shard_index, within)
+        for shard_index, place, stored_chunks in self._shards(_by_shard(missing, self.spec.num_chunks)):
+            for stored in stored_chunks:
+                chunk = self._decode(stored, shard_index, place)
+                chunk.flags.writeable = False
+                chunk_index = shard_index * self.spec.num_chunks + stored.chunk_in_shard
+                self._chunks.put(chunk_index, chunk, chunk.nbytes)
+                yield chunk_index, chunk
 
-    def read_block(self, first_row: int, out: npt.NDArray[Any]) -> None:
-        """Decode consecutive rows straight into an array, past the memory of chunks.
+    def read_chunks(self, chunk_indexes: Sequence[int], out: npt.NDArray[Any], *, first_row: int = 0) -> None:
+        """Decode chunks straight into an array, past the memory of chunks.
 
         Parameters
         ----------
-        first_row : int
-            The first row of a chunk.
+        chunk_indexes : sequence of int
+            Chunk numbers over the whole array, ascending and without duplicates.
         out : ndarray [row, column]
-            C-contiguous, of the stored dtype; whole chunks of one shard.
+            C-contiguous, of the stored dtype; each chunk goes to the places of its rows.
+        first_row : int
+            The row that stands first in `out`.
 
         Raises
         ------
         CorruptCacheError
-            The shard is missing, torn or altered.
+            A shard is missing, torn or altered.
         """
         chunk_rows = self.spec.chunk_rows
-        shard_index, within = divmod(first_row // chunk_rows, self.spec.num_chunks)
-        chunks = range(within, within + len(out) // chunk_rows)
-        place = self._place_of(shard_index)
-        for chunk_in_shard, stored in self._stored_chunks(shard_index, place, chunks):
-            start = (chunk_in_shard - within) * chunk_rows
-            self._decode(chunk_in_shard, stored, shard_index, place, out=out[start : start + chunk_rows])
+        for shard_index, place, stored_chunks in self._shards(_by_shard(chunk_indexes, self.spec.num_chunks)):
+            for stored in stored_chunks:
+                start = (shard_index * self.spec.num_chunks + stored.chunk_in_shard) * chunk_rows - first_row
+                self._decode(stored, shard_index, place, out=out[start : start + chunk_rows])
 
     def scatter(
         self,
@@ -169,11 +200,10 @@ class ShardedReader:
         decoded = decoded.reshape(self.spec.chunk_rows, self.spec.num_columns)
         whole_rows = out.view(f"V{self.spec.row_bytes}")[:, 0]  # rows as single values move twice as quickly
         positions = by_chunk(rows // self.spec.chunk_rows)
-        for shard_index, within in _by_shard(list(positions), self.spec.num_chunks):
-            place = self._place_of(shard_index)
-            for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
-                wanted = positions[shard_index * self.spec.num_chunks + chunk_in_shard]
-                chunk = self._decode(chunk_in_shard, stored, shard_index, place, out=decoded)
+        for shard_index, place, stored_chunks in self._shards(_by_shard(list(positions), self.spec.num_chunks)):
+            for stored in stored_chunks:
+                wanted = positions[shard_index * self.spec.num_chunks + stored.chunk_in_shard]
+                chunk = self._decode(stored, shard_index, place, out=decoded)
                 within_chunk = rows[wanted] % self.spec.chunk_rows
                 if not np.array_equal(within_chunk, self._every_row):  # rows may be missing, or stand twice
                     chunk = chunk[within_chunk]
@@ -183,7 +213,7 @@ class ShardedReader:
     def read_shard(self, shard_index: int, *, num_rows: int | None = None) -> npt.NDArray[Any]:
         """Read a whole shard, or its first `num_rows` rows, in one go and past the memory of chunks."""
         place = self._place_of(shard_index)
-        expected = self._expected(shard_index)
+        expected = self._expected(shard_index).checksums
         try:
             return decode_shard(self._read_object(place), self.spec, place=place, num_rows=num_rows, expected=expected)
         except CorruptCacheError:
@@ -199,84 +229,117 @@ class ShardedReader:
         CorruptCacheError
             A shard is missing or too short.
         """
+        sizes = self._objects.sizes(self._place_of(0).key.rsplit("/", 2)[0])
         for shard_index in range(self.num_rows // self.spec.shard_rows):
             place = self._place_of(shard_index)
-            shard_bytes = self._shard_bytes(place)
-            if shard_bytes < self.spec.index_bytes:
-                raise shorter_than_index(shard_bytes, self.spec, place=place)
+            if place.key not in sizes:
+                raise place.corrupt(_MISSING)
+            if sizes[place.key] < self.spec.index_bytes:
+                raise shorter_than_index(sizes[place.key], self.spec, place=place)
 
-    def _read_chunks(self, shard_index: int, within: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def prepare(self) -> None:
+        """Read the indexes of all shards, where requests take their time: each shard is then one request away."""
+        if self.is_far:
+            shards = range(self.num_rows // self.spec.shard_rows)
+            for _ in at_once(shards, lambda shard: self._opened(shard, self._place_of(shard), index_alone=True)):
+                pass
+
+    def _shards(self, wanted: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[int, Place, Iterable[_Stored]]]:
+        """Give some shards' chunks as they are stored: shard, place, and the chunks by their numbers in it.
+
+        Far away, the next shards are fetched meanwhile. One by itself larger than what may wait is read in parts.
+        """
+        if not self.is_far:
+            for shard_index, within in wanted:
+                place = self._place_of(shard_index)
+                yield shard_index, place, self._stored_chunks(place, within, self._opened(shard_index, place))
+            return
+        fetched = at_once(
+            wanted, self._fetched, bytes_of=lambda item: len(item[1]) * self.spec.chunk_bytes, max_bytes=_AHEAD_BYTES
+        )
+        for (shard_index, within), stored in zip(wanted, fetched, strict=True):
+            place = self._place_of(shard_index)
+            yield shard_index, place, stored or self._stored_chunks(place, within, self._opened(shard_index, place))
+
+    def _fetched(self, wanted: tuple[int, list[int]]) -> list[_Stored] | None:
+        """Fetch chunks of a shard; None, with its index at hand, where they are more than may wait for their turn."""
+        shard_index, within = wanted
         place = self._place_of(shard_index)
-        for chunk_in_shard, stored in self._stored_chunks(shard_index, place, within):
-            chunk = self._decode(chunk_in_shard, stored, shard_index, place)
-            chunk.flags.writeable = False
-            chunk_index = shard_index * self.spec.num_chunks + chunk_in_shard
-            self._chunks.put(chunk_index, chunk, chunk.nbytes)
-            yield chunk_index, chunk
+        opened = self._opened(shard_index, place)
+        num_bytes = int(opened[0].ranges[within, 1].sum())
+        if num_bytes > min(_AHEAD_BYTES, len(within) * (self.spec.chunk_bytes + _OVERHEAD_BYTES)):
+            return None
+        return list(self._stored_chunks(place, within, opened))
 
     def _decode(
-        self,
-        chunk_in_shard: int,
-        stored: bytes | npt.NDArray[np.uint8],
-        shard_index: int,
-        place: Place,
-        *,
-        out: npt.NDArray[Any] | None = None,
+        self, stored: _Stored, shard_index: int, place: Place, *, out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
         """Check and decode a chunk; one that was kept nearer and is damaged is read again from where it stands."""
-        index = self._index(shard_index, place)
-        expected = index.expected_of(chunk_in_shard)
         try:
-            return decode_chunk(stored, self.spec, place=place, out=out, expected=expected)
+            return decode_chunk(stored.data, self.spec, place=place, out=out, expected=stored.expected)
         except CorruptCacheError:
             if not self._objects.forget(place.key):
                 raise
-        start, length = index.ranges[chunk_in_shard].tolist()
-        stored = self._read_range(place, start, length)
-        return decode_chunk(stored, self.spec, place=place, out=out, expected=expected)
+        index, _ = self._opened(shard_index, place)
+        start, length = index.ranges[stored.chunk_in_shard].tolist()
+        data = self._read_range(place, start, length)
+        return decode_chunk(data, self.spec, place=place, out=out, expected=index.expected_of(stored.chunk_in_shard))
 
     def _stored_chunks(
-        self, shard_index: int, place: Place, within: Sequence[int]
-    ) -> Iterator[tuple[int, bytes | npt.NDArray[np.uint8]]]:
+        self, place: Place, within: Sequence[int], opened: tuple[_Index, bytes | None]
+    ) -> Iterator[_Stored]:
         """Yield some of a shard's chunks as they are stored, by their ascending numbers in it."""
-        ranges = self._index(shard_index, place).ranges[list(within)].tolist()
+        index, whole = opened
+        ranges = index.ranges[list(within)].tolist()
+        if whole is not None:
+            for chunk_in_shard, (start, length) in zip(within, ranges, strict=True):
+                yield _Stored(chunk_in_shard, whole[start : start + length], index.expected_of(chunk_in_shard))
+            return
         try:
             found = self._objects.read_ranges(place.key, ranges)
             for chunk_in_shard, (start, length), data in zip(within, ranges, found, strict=True):
                 if len(data) != length:
                     raise place.corrupt(f"only {len(data)} of {length} bytes from byte {start} could be read")
-                yield chunk_in_shard, data
+                yield _Stored(chunk_in_shard, data, index.expected_of(chunk_in_shard))
         except FileNotFoundError as error:  # deleted since its index was read
             raise place.corrupt(_MISSING) from error
 
-    def _index(self, shard_index: int, place: Place) -> _Index:
+    def _opened(self, shard_index: int, place: Place, *, index_alone: bool = False) -> tuple[_Index, bytes | None]:
+        """Give a shard's index; with the whole shard, where that came with it in the same request."""
         index = self._indexes.get(shard_index)
         if index is not None:
-            return index
+            return index, None
+        expected = self._expected(shard_index)
         try:
-            ranges = self._read_index(place)
+            ranges, whole = self._read_index(place, expected, index_alone=index_alone)
         except CorruptCacheError:
             if not self._objects.forget(place.key):
                 raise
-            ranges = self._read_index(place)
-        index = _Index(ranges, self._expected(shard_index))
+            ranges, whole = self._read_index(place, expected, index_alone=index_alone)
+        index = _Index(ranges, expected.checksums)
         self._indexes.put(shard_index, index, index.num_bytes)
-        return index
+        return index, whole
 
-    def _expected(self, shard_index: int) -> bytes | None:
-        return None if self._expected_of is None else self._expected_of(shard_index)
+    def _expected(self, shard_index: int) -> Expected:
+        return Expected() if self._expected_of is None else self._expected_of(shard_index)
 
-    def _read_index(self, place: Place) -> npt.NDArray[np.int64]:
-        shard_bytes = self._shard_bytes(place)
-        start = max(0, shard_bytes - self.spec.index_bytes)
-        tail = self._read_range(place, start, shard_bytes - start)
-        return parse_index(tail, self.spec, shard_bytes=shard_bytes, place=place)
-
-    def _shard_bytes(self, place: Place) -> int:
-        shard_bytes = self._objects.size(place.key)
-        if shard_bytes is None:
+    def _read_index(
+        self, place: Place, expected: Expected, *, index_alone: bool
+    ) -> tuple[npt.NDArray[np.int64], bytes | None]:
+        known = self._objects.size(place.key) if expected.num_bytes is None else expected.num_bytes
+        if known is None:
             raise place.corrupt(_MISSING)
-        return shard_bytes
+        is_whole = known <= self._objects.request_bytes and not index_alone
+        length = known if is_whole else min(known, self.spec.index_bytes)
+        try:
+            tail, standing = self._objects.read_sized(place.key, known - length, length, believed_bytes=known)
+        except FileNotFoundError as error:
+            raise place.corrupt(_MISSING) from error
+        if expected.num_bytes is not None and standing != known:
+            raise place.corrupt(f"the shard has {standing} bytes, and its record names {known}: it is torn or another")
+        index = tail[-self.spec.index_bytes :]
+        ranges = parse_index(index, self.spec, shard_bytes=standing, place=place)
+        return ranges, tail if is_whole else None
 
     def _read_range(self, place: Place, start: int, length: int) -> bytes:
         try:
@@ -289,6 +352,22 @@ class ShardedReader:
             return self._objects.read(place.key)
         except FileNotFoundError as error:
             raise place.corrupt(_MISSING) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected:
+    """What is known of a shard from elsewhere, such as its record.
+
+    Parameters
+    ----------
+    num_bytes : int, optional
+        Its size.
+    checksums : bytes, optional
+        Those that its chunks are to have, one behind the other.
+    """
+
+    num_bytes: int | None = None
+    checksums: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -308,151 +387,6 @@ class _Index:
         return self.expected[chunk_in_shard * CHECKSUM_BYTES : (chunk_in_shard + 1) * CHECKSUM_BYTES]
 
 
-class CodesReader:
-    """Rows of one teacher's codes; a row that reads as a hole is an error, never a number.
-
-    Rows are numbered view by view: row `first_row` of view `view_index` is
-    ``view_index * cache_document.padded_rows + first_row``.
-
-    Parameters
-    ----------
-    reader : ShardedReader
-        The array.
-    cache_document : CacheDocument
-        Says which rows exist.
-    place_of : callable
-        Gives a shard's place by its number.
-    """
-
-    def __init__(self, reader: ShardedReader, cache_document: CacheDocument, place_of: Callable[[int], Place]) -> None:
-        self._reader = reader
-        self._cache_document = cache_document
-        self._place_of = place_of
-
-    @property
-    def spec(self) -> ShardSpec:
-        """Shape and coding of the shards."""
-        return self._reader.spec
-
-    def read_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Read rows by number, in the order given; duplicates allowed.
-
-        Parameters
-        ----------
-        rows : ndarray [row] of int64
-            Row numbers, views included.
-
-        Returns
-        -------
-        ndarray [row, column]
-            The codes in the stored dtype.
-
-        Raises
-        ------
-        ShapeError
-            A row number lies outside the array or in the padding behind a view's last row.
-        CorruptCacheError
-            A shard is missing, torn or altered, or holds no data where a row should be.
-        """
-        check_rows(rows, self._reader.num_rows)
-        padding = rows % self._cache_document.padded_rows >= self._cache_document.num_rows
-        if padding.any():
-            raise ShapeError(
-                f"row {int(rows[padding][0])} is padding: each view has {self._cache_document.num_rows} rows in a "
-                f"block of {self._cache_document.padded_rows}; row numbers are view_index * padded_rows + first_row"
-            )
-        codes = self._reader.read_rows(rows)
-        self._refuse_holes(codes, rows)
-        return codes
-
-    def read_shard(self, shard_index: int) -> npt.NDArray[Any]:
-        """Read the rows of one shard, padding left out.
-
-        Parameters
-        ----------
-        shard_index : int
-            Shard, counted over all views.
-
-        Returns
-        -------
-        ndarray [row, column]
-            `cache_document.rows_in_shard(shard_index)` rows of codes.
-
-        Raises
-        ------
-        ShapeError
-            There is no such shard.
-        CorruptCacheError
-            The shard is missing, torn or altered, or holds no data where a row should be.
-        """
-        if not 0 <= shard_index < self._cache_document.num_shards:
-            raise ShapeError(f"there is no shard {shard_index}; the cache has {self._cache_document.num_shards}")
-        codes = self._reader.read_shard(shard_index, num_rows=self._cache_document.rows_in_shard(shard_index))
-        self._refuse_holes(codes, np.arange(len(codes)) + shard_index * self.spec.shard_rows)
-        return codes
-
-    def check_shards(self) -> None:
-        """Check that every shard is there with the bytes of an index at least; none is opened.
-
-        Raises
-        ------
-        CorruptCacheError
-            A shard is missing or too short.
-        """
-        self._reader.check_shards()
-
-    def scatter(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> None:
-        """Decode rows and put each at a place of its own, past the memory of chunks.
-
-        Parameters
-        ----------
-        rows : ndarray [row] of int64
-            Row numbers, views included, ascending; duplicates allowed.
-        out : ndarray [place, column]
-            Of the stored dtype.
-        places : ndarray [row] of int64
-            Where each row goes.
-
-        Raises
-        ------
-        ShapeError
-            A row number lies outside the array.
-        CorruptCacheError
-            A shard is missing, torn or altered, or holds no data where a row should be.
-        """
-        check_rows(rows, self._reader.num_rows)
-        self._reader.scatter(rows, out, places, check=self._refuse_holes)
-
-    def read_block(self, first_row: int, out: npt.NDArray[Any]) -> None:
-        """Decode consecutive rows straight into an array; padding holds the fill code.
-
-        Parameters
-        ----------
-        first_row : int
-            Row number, views included: the first row of a chunk.
-        out : ndarray [row, column]
-            C-contiguous, of the stored dtype; whole chunks of one shard.
-
-        Raises
-        ------
-        CorruptCacheError
-            The shard is missing, torn or altered, or holds no data where a row should be.
-        """
-        self._reader.read_block(first_row, out)
-        num_real = self._cache_document.num_rows - first_row % self._cache_document.padded_rows
-        codes = out[: max(0, num_real)]
-        self._refuse_holes(codes, np.arange(len(codes)) + first_row)
-
-    def _refuse_holes(self, codes: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
-        if not has_fill(codes, self.spec.fill):
-            return
-        is_fill = np.isnan(codes) if codes.dtype.kind == "f" else codes == codes.dtype.type(self.spec.fill)
-        row = int(rows[is_fill.any(axis=1)][0])
-        raise self._place_of(row // self.spec.shard_rows).corrupt(
-            f"row {row} holds the fill code: it was never written"
-        )
-
-
 def check_rows(rows: npt.NDArray[np.int64], num_rows: int) -> None:
     """Refuse row numbers outside an array with a ShapeError."""
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
@@ -460,18 +394,6 @@ def check_rows(rows: npt.NDArray[np.int64], num_rows: int) -> None:
     outside = (rows < 0) | (rows >= num_rows)
     if outside.any():
         raise ShapeError(f"row {int(rows[outside][0])} is outside the array's rows 0 to {num_rows - 1}")
-
-
-def has_fill(codes: npt.NDArray[Any], fill: float) -> bool:
-    """Tell whether the fill code stands anywhere among stored codes; one pass."""
-    if codes.size == 0:
-        return False
-    if codes.dtype.kind == "f":  # by bits, several times quicker than by numbers: NaN stands above infinity
-        infinity = int(np.array(np.inf, codes.dtype).view(f"u{codes.itemsize}"))
-        sign = 1 << (8 * codes.itemsize - 1)
-        highest = int(codes.view(f"<i{codes.itemsize}").max())
-        return highest > infinity or int(codes.view(f"<u{codes.itemsize}").max()) > sign + infinity
-    return int(codes.max()) >= int(fill)  # the fill code is the largest integer of its type
 
 
 def by_chunk(chunk_of: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
@@ -489,8 +411,8 @@ def distinct(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return ascending[np.concatenate([[True], np.diff(ascending) != 0])] if len(ascending) else ascending
 
 
-def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> Iterator[tuple[int, list[int]]]:
+def _by_shard(chunk_indexes: Sequence[int], num_chunks: int) -> list[tuple[int, list[int]]]:
     groups: dict[int, list[int]] = {}
     for chunk_index in chunk_indexes:
         groups.setdefault(chunk_index // num_chunks, []).append(chunk_index % num_chunks)
-    yield from groups.items()
+    return list(groups.items())

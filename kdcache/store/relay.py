@@ -66,9 +66,13 @@ class Relay:
         """As the client's."""
         return self._call("size", path)  # type: ignore[no-any-return]
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, *, max_bytes: int | None = None) -> bytes:
         """As the client's."""
-        return self._call("read", path)  # type: ignore[no-any-return]
+        return self._call("read", path, max_bytes=max_bytes)  # type: ignore[no-any-return]
+
+    def read_sized(self, path: str, start: int, length: int) -> tuple[bytes, int]:
+        """As the client's."""
+        return self._call("read_sized", path, start, length)  # type: ignore[no-any-return]
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, max_gap_bytes: int) -> Sequence[Any]:
         """As the client's."""
@@ -85,6 +89,10 @@ class Relay:
     def list(self, folder: str) -> Any:
         """As the client's."""
         return self._call("list", folder)
+
+    def is_empty(self) -> bool:
+        """As the client's."""
+        return self._call("is_empty")  # type: ignore[no-any-return]
 
     def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
         try:
@@ -139,5 +147,5 @@ def serve(descriptor: int) -> None:
 def _plain(answer: Any) -> Any:
     """Give what can be sent: obstore's own bytes cannot."""
     if isinstance(answer, tuple):
-        return tuple(part.to_bytes() for part in answer)
+        return tuple(part if isinstance(part, bytes | int) else part.to_bytes() for part in answer)
     return answer

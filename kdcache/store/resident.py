@@ -4,18 +4,23 @@ from __future__ import annotations
 
 __all__ = ["ResidentCodes"]
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from kdcache.errors import KdcacheError
+from kdcache.store.codes_reader import CodesReader
 from kdcache.store.locks import Renewed
-from kdcache.store.reader import DECODING_THREADS, CodesReader, distinct
+from kdcache.store.reader import DECODING_THREADS, distinct
 
 _PIECE_CHUNKS = 8
 """Chunks decoded ahead in one go, before rows that are waited for get their turn."""
+_FETCHING_THREADS = 8
+"""Threads where shards lie far away: nearly all of their time they wait for an answer."""
 
 
 class ResidentCodes:
@@ -78,14 +83,15 @@ class ResidentCodes:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-resident")
+        num_threads = _FETCHING_THREADS if self._reader.is_far else DECODING_THREADS
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-resident")
         self._pending: dict[int, Future[None]] = {}
         self._is_filling_behind = False
         # No finaliser shuts the pool down: one that runs within its `submit` would wait for itself. Its threads end by
         # themselves when nobody holds it any more.
 
-    def _wait_for(self, chunks: Iterable[int]) -> None:
-        futures = [(chunk, self._submitted(chunk)) for chunk in chunks]
+    def _wait_for(self, chunks: Sequence[int]) -> None:
+        futures = [found for together in self._parted(chunks) for found in self._submitted(together).items()]
         for chunk, future in futures:
             try:
                 future.result()
@@ -95,18 +101,29 @@ class ResidentCodes:
                         del self._pending[chunk]
                 raise
 
-    def _submitted(self, chunk: int) -> Future[None]:
-        """Have a chunk decoded, unless it is being decoded: twice at a time, one would write where another reads."""
-        with self._lock:
-            if chunk not in self._pending:
-                is_new = not self._is_filled[chunk]
-                self._pending[chunk] = self._pool.submit(self._decode, chunk) if is_new else _done()
-            return self._pending[chunk]
+    def _parted(self, chunks: Sequence[int]) -> list[list[int]]:
+        """Part chunks by what is read together: one by one, so that all threads decode; far away by their shards."""
+        if not self._reader.is_far:
+            return [[chunk] for chunk in chunks]
+        groups: dict[int, list[int]] = {}
+        for chunk in chunks:
+            groups.setdefault(chunk // self._reader.spec.num_chunks, []).append(chunk)
+        return list(groups.values())
 
-    def _decode(self, chunk: int) -> None:
-        first_row = chunk * self._chunk_rows
-        self._reader.read_block(first_row, self.codes[first_row : first_row + self._chunk_rows])
-        self._is_filled[chunk] = True
+    def _submitted(self, chunks: Sequence[int]) -> dict[int, Future[None]]:
+        """Have chunks decoded, but those that are being decoded: twice at a time, one would write where another reads.
+
+        Gives what to wait for, by chunk.
+        """
+        with self._lock:
+            new = [chunk for chunk in chunks if chunk not in self._pending and not self._is_filled[chunk]]
+            if new:
+                self._pending.update(dict.fromkeys(new, self._pool.submit(self._decode, new)))
+            return {chunk: self._pending.get(chunk) or _done() for chunk in chunks}
+
+    def _decode(self, chunks: Sequence[int]) -> None:
+        self._reader.read_chunks(chunks, self.codes)
+        self._is_filled[chunks] = True
         if self._is_filled.all():  # whichever comes last: a chunk that was waited for, or one that was filled behind
             self._finish()
 
@@ -118,18 +135,26 @@ class ResidentCodes:
 
     def fill_piece(self, first_chunk: int) -> int | None:
         """Decode a few chunks from one on, and give the one to go on with; None where that was the last."""
-        last = min(first_chunk + _PIECE_CHUNKS, len(self._is_filled))
-        for chunk in (first_chunk + np.flatnonzero(~self._is_filled[first_chunk:last])).tolist():
+        if self._reader.is_far and not first_chunk:
+            self._prepare()
+        num_chunks = self._reader.spec.num_chunks if self._reader.is_far else _PIECE_CHUNKS
+        last = min(first_chunk + num_chunks, len(self._is_filled))
+        for chunks in self._parted((first_chunk + np.flatnonzero(~self._is_filled[first_chunk:last])).tolist()):
+            future = Future[None]()
             with self._lock:
-                if chunk in self._pending or self._is_filled[chunk]:
-                    continue
-                future = self._pending[chunk] = Future[None]()
-            self._settle(future, chunk)
+                new = [chunk for chunk in chunks if chunk not in self._pending and not self._is_filled[chunk]]
+                self._pending.update(dict.fromkeys(new, future))
+            if new:
+                self._settle(future, new)
         return last if last < len(self._is_filled) else None
 
-    def _settle(self, future: Future[None], chunk: int) -> None:
+    def _prepare(self) -> None:
+        with contextlib.suppress(KdcacheError):  # raised again for whoever asks for the rows
+            self._reader.prepare()
+
+    def _settle(self, future: Future[None], chunks: Sequence[int]) -> None:
         try:
-            self._decode(chunk)
+            self._decode(chunks)
         except Exception as error:  # noqa: BLE001 - whoever asks for the chunk's rows gets it
             future.set_exception(error)
         else:

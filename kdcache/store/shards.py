@@ -30,6 +30,7 @@ from numcodecs import blosc
 
 from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store.checksums import CHECKSUM_BYTES, is_sound, with_checksum
+from kdcache.store.limits import MAX_CHUNK_BYTES
 from kdcache.store.place import Place
 from kdcache.store.room import room
 
@@ -51,7 +52,6 @@ _INDEX_ENTRY_BYTES = 16
 _BLOSC_HEADER_BYTES = 16
 _STRIP_COLUMNS = 64
 """Columns that are turned into rows at a time: one by one or all at once, caches miss two to three times as often."""
-_MAX_CHUNK_BYTES = 2**31 - 1 - _BLOSC_HEADER_BYTES
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -99,7 +99,7 @@ class ShardSpec:
     Raises
     ------
     ShapeError
-        The sizes do not fit each other, or a chunk would pass the 2 GiB that Blosc can hold.
+        The sizes do not fit each other, or a chunk would decode to more than 256 MiB.
     """
 
     shard_rows: int
@@ -117,10 +117,10 @@ class ShardSpec:
                 f"shard_rows {self.shard_rows}, chunk_rows {self.chunk_rows} and num_columns {self.num_columns} must "
                 "be positive, and shard_rows a multiple of chunk_rows"
             )
-        if self.chunk_bytes > _MAX_CHUNK_BYTES:
+        if self.chunk_bytes > MAX_CHUNK_BYTES:
             raise ShapeError(
                 f"a chunk of {self.chunk_rows} rows of {self.num_columns} {self.dtype} takes {self.chunk_bytes} bytes, "
-                f"above the {_MAX_CHUNK_BYTES} that can be compressed at once; choose fewer chunk_rows"
+                f"above the {MAX_CHUNK_BYTES} that one may take; choose fewer chunk_rows"
             )
 
     @property

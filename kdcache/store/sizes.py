@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["ASKING_THREADS", "CacheSizes", "sizes_of"]
+__all__ = ["CacheSizes", "sizes_of"]
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kdcache.store import layout
 from kdcache.store.objects import Objects
-
-ASKING_THREADS = 16
-"""Requests made at once where each is small: a far store takes tens of milliseconds for one."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,8 @@ def sizes_of(objects: Objects) -> CacheSizes:
         Of a cache.
     """
     sums = {"code": 0, "parameter": 0, "id": 0, "document": 0}
-    keys = list(objects.list(""))
-    with ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="kdcache-sizes") as pool:
-        for key, size in zip(keys, pool.map(objects.size, keys), strict=True):
-            sums[_purpose(key)] += size or 0  # None: taken away since
+    for key, size in objects.sizes("").items():
+        sums[_purpose(key)] += size
     return CacheSizes(*sums.values())
 
 

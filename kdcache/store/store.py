@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, Record, TeacherDocument, differences
-from kdcache.errors import CacheNotFoundError, DocumentError, PlanMismatchError, Problem
+from kdcache.documents import CacheDocument, Record, TeacherDocument
+from kdcache.errors import DocumentError, Problem
 from kdcache.store import arrays, layout
+from kdcache.store.codes_reader import CodesReader
 from kdcache.store.examples import ExampleTable
-from kdcache.store.files import ATTRIBUTE, CacheFiles
+from kdcache.store.files import ATTRIBUTE
 from kdcache.store.ids import ExampleIds
 from kdcache.store.index import IdIndex
 from kdcache.store.index_files import fences_sha256, index_digest, open_index, publish_index
@@ -30,8 +31,9 @@ from kdcache.store.local_objects import LocalObjects
 from kdcache.store.locks import OwnLock
 from kdcache.store.objects import Objects, open_objects
 from kdcache.store.place import Place
-from kdcache.store.reader import DEFAULT_CACHE_BYTES, CodesReader
+from kdcache.store.reader import DEFAULT_CACHE_BYTES
 from kdcache.store.sizes import CacheSizes, sizes_of
+from kdcache.store.stored_documents import StoredDocuments
 from kdcache.store.teachers import (
     PublishedShard,
     check_codes,
@@ -55,7 +57,7 @@ _READING_THREADS = 32
 _RECORDS_AT_ONCE = 16
 
 
-class CacheStore:
+class CacheStore(StoredDocuments):
     """One cache's stored parts. Knows the format; knows no codec, no teacher and no training.
 
     Parameters
@@ -65,8 +67,7 @@ class CacheStore:
     """
 
     def __init__(self, objects: Objects) -> None:
-        self._objects = objects
-        self._files = CacheFiles(objects)
+        super().__init__(objects)
         self._index: IdIndex | None = None
         self._columns: ExampleColumns | None = None
         self._lock = OwnLock()
@@ -81,81 +82,6 @@ class CacheStore:
 
     def __repr__(self) -> str:
         return f"CacheStore({self.address!r})"
-
-    @property
-    def address(self) -> str:
-        """The cache's address."""
-        return self._objects.address
-
-    @property
-    def objects(self) -> Objects:
-        """Where the parts are kept."""
-        return self._objects
-
-    # Plans -----------------------------------------------------------------------------------------------------------
-
-    def plans(self) -> list[PlanDocument]:
-        """Read all plans, oldest first; the last is in force.
-
-        Raises
-        ------
-        DocumentError
-            A plan's file breaks its schema.
-        """
-        plans: list[PlanDocument] = []
-        while (plan := self.plan(len(plans))) is not None:
-            plans.append(plan)
-        return plans
-
-    def plan(self, index: int) -> PlanDocument | None:
-        """Read a plan by its number; None where there is none.
-
-        Raises
-        ------
-        DocumentError
-            The plan's file breaks its schema.
-        """
-        return self._files.read_document(PlanDocument, layout.plan_key(index))
-
-    def publish_plan(self, index: int, plan: PlanDocument) -> bool:
-        """Store a plan unless one with this number stands; True when this one was stored."""
-        return self._objects.publish(layout.plan_key(index), plan.to_json())
-
-    # Root ------------------------------------------------------------------------------------------------------------
-
-    def write_root(self, cache_document: CacheDocument) -> None:
-        """Store the root group with the cache document, and the groups below it.
-
-        Raises
-        ------
-        PlanMismatchError
-            The root stands already and describes another cache; both sides are shown.
-        """
-        metadata = arrays.group_metadata({ATTRIBUTE: cache_document.to_mapping()})
-        if not self._objects.publish(layout.ROOT, arrays.to_json(metadata)):
-            standing = self.cache_document()
-            if standing != cache_document:
-                raise PlanMismatchError(_mismatch(self._files.place(layout.ROOT), cache_document, standing))
-        for group in layout.GROUPS:
-            self._files.publish_json(layout.metadata_key(group), arrays.group_metadata({}))
-
-    def cache_document(self) -> CacheDocument:
-        """Read the cache document.
-
-        Raises
-        ------
-        CacheNotFoundError
-            Nothing stands at the address.
-        DocumentError
-            The root group or the document in it breaks its schema.
-        """
-        document = self._files.read_group_document(CacheDocument, "")
-        if document is None:
-            raise CacheNotFoundError(
-                f"{self.address} holds no cache: {layout.ROOT} is not there. Check the address, or build a cache there "
-                "with kdcache.build_cache or `kdcache build`."
-            )
-        return document
 
     # Examples and index ----------------------------------------------------------------------------------------------
 
@@ -440,32 +366,13 @@ class CacheStore:
         found = [(index, self.record(name, index)) for index in shard_indices]
         return [(index, record) for index, record in found if record is not None]
 
-    def shard_size(self, name: str, shard_index: int) -> int | None:
-        """Give the size in bytes of a shard as it stands; None where there is none."""
-        return self._objects.size(layout.shard_key(name, shard_index))
+    def shard_sizes(self, name: str) -> dict[int, int]:
+        """Give the sizes in bytes of a teacher's shards that stand, by their numbers; one list of their folder."""
+        sizes = self._objects.sizes(layout.shards_folder(name))
+        numbers = {key: key.split("/")[-2] for key in sizes}
+        return {int(number): sizes[key] for key, number in numbers.items() if number.isdecimal()}
 
-    # Completion ------------------------------------------------------------------------------------------------------
-
-    def complete(self) -> CompleteDocument | None:
-        """Read the completion document; None while the cache is not complete."""
-        return self._files.read_document(CompleteDocument, layout.COMPLETE)
-
-    def replace_complete(self, document: CompleteDocument) -> None:
-        """Store the completion document, in place of an earlier one where a teacher was added."""
-        self._objects.replace(layout.COMPLETE, document.to_json())
-
-    def consolidate(self) -> None:
-        """Gather the metadata of all groups and arrays in the root's, so that Zarr readers need list nothing.
-
-        To be run again after a teacher was added: readers that use the consolidated metadata see nothing else.
-        """
-        place = self._files.place(layout.ROOT)
-        root = self._files.read_json(place)
-        if root is None:
-            raise place.corrupt("the root group is missing")
-        self._objects.replace(
-            layout.ROOT, arrays.to_json(arrays.consolidated_metadata(root, dict(self._files.read_nodes())))
-        )
+    # The whole -------------------------------------------------------------------------------------------------------
 
     def sizes(self) -> CacheSizes:
         """Add up what the cache takes on disk, by what it is for; see `CacheSizes`."""
@@ -533,11 +440,3 @@ class CacheStore:
 
 def _blocks(indexes: Sequence[int]) -> list[Sequence[int]]:
     return [indexes[start : start + _RECORDS_AT_ONCE] for start in range(0, len(indexes), _RECORDS_AT_ONCE)]
-
-
-def _mismatch(place: Place, ours: CacheDocument, theirs: CacheDocument) -> str:
-    lines = "\n".join(
-        f"  {path}: this plan {left!r}, the cache {right!r}"
-        for path, left, right in differences(ours.to_mapping(), theirs.to_mapping())
-    )
-    return f"{place} describes another cache:\n{lines}\nNothing was changed. Build at another address."

@@ -38,9 +38,10 @@ from kdcache.documents import (
 from kdcache.errors import CodecError, DocumentError, ShapeError
 from kdcache.store import arrays, layout
 from kdcache.store.checksums import CHECKSUM_BYTES
+from kdcache.store.codes_reader import CodesReader, has_fill
 from kdcache.store.files import CacheFiles
 from kdcache.store.place import Place
-from kdcache.store.reader import CodesReader, ShardedReader, has_fill
+from kdcache.store.reader import Expected, ShardedReader
 from kdcache.store.shards import ShardSpec, checksums_of_chunks, decode_shard, encode_shard
 
 if TYPE_CHECKING:
@@ -243,8 +244,8 @@ def _expected(
     spec: ShardSpec,
     record_of: Callable[[int], Record | None],
     shard_index: int,
-) -> bytes | None:
-    """Give the checksums that a shard's record names for its chunks; None where it is of an earlier release."""
+) -> Expected:
+    """Give what a shard's record says of it; no checksums of its chunks where it is of an earlier release."""
     place = files.record_place(teacher_document.name, shard_index)
     try:
         record = record_of(shard_index)
@@ -257,13 +258,13 @@ def _expected(
             "the shard was encoded under another document than the teacher's, which would decode it wrongly"
         )
     if record.chunk_checksums is None:
-        return None
+        return Expected(record.num_bytes)
     checksums = bytes.fromhex(record.chunk_checksums)
     if len(checksums) != spec.num_chunks * CHECKSUM_BYTES:
         raise place.corrupt(
             f"the record names {len(checksums) // CHECKSUM_BYTES} chunks, and the shard has {spec.num_chunks}"
         )
-    return checksums
+    return Expected(record.num_bytes, checksums)
 
 
 def _earlier_metadata(spec: ShardSpec, cache_document: CacheDocument) -> list[dict[str, Any]]:

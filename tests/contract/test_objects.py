@@ -7,10 +7,12 @@ import pickle
 import threading
 
 import pytest
+from faulty_proxy import proxy_before
 from object_servers import SERVERS
 
-from kdcache.errors import StoreError
+from kdcache.errors import OptionError
 from kdcache.store import Objects, open_objects
+from kdcache.store.limits import TooLargeError
 
 KEY = "teachers/a/codes/c/0/0"
 
@@ -121,6 +123,29 @@ def test_a_deleted_object_can_be_published_anew(objects):
     assert objects.read(KEY) == b"second"
 
 
+def test_an_object_that_has_more_bytes_than_are_wanted_is_refused(objects):
+    objects.publish(KEY, b"first")
+    assert objects.read(KEY, max_bytes=5) == b"first"
+    with pytest.raises(TooLargeError) as caught:
+        objects.read(KEY, max_bytes=4)
+    assert caught.value.num_bytes == 5
+
+
+@pytest.mark.parametrize("believed_bytes", [6, 5, 8, 200], ids=["right", "too few", "too many", "far too many"])
+@pytest.mark.parametrize(("start", "length"), [(0, 3), (4, 2), (2, 4), (0, 6), (5, 2), (7, 1), (100, 100), (3, 0)])
+def test_a_range_comes_with_the_size_of_its_object_whatever_it_was_believed_to_be(
+    objects, start, length, believed_bytes
+):
+    objects.publish(KEY, b"abcdef")
+    found = objects.read_sized(KEY, start, length, believed_bytes=believed_bytes)
+    assert found == (b"abcdef"[start : start + length], 6)
+
+
+def test_a_range_of_nothing_has_no_size(objects):
+    with pytest.raises(FileNotFoundError):
+        objects.read_sized(KEY, 2, 3, believed_bytes=6)
+
+
 def test_size_is_that_of_the_object(objects):
     objects.publish(KEY, b"first")
     assert objects.size(KEY) == 5
@@ -186,6 +211,23 @@ def test_list_gives_keys_below_a_folder_sorted_by_path_component(objects):
     assert list(objects.list("")) == ["a", "b/1", "b/2", "b/c/3", "b-2", "bc/1"]
 
 
+def test_sizes_are_those_of_all_objects_below_a_folder(objects):
+    for number in range(3):
+        objects.publish(f"b/{number}/0", bytes(number))
+    objects.publish("a", b"x")
+    assert objects.sizes("b") == {"b/0/0": 0, "b/1/0": 1, "b/2/0": 2}
+    assert set(objects.sizes("")) == {"a", "b/0/0", "b/1/0", "b/2/0"}
+    assert objects.sizes("nothing") == {}
+
+
+def test_an_address_is_empty_until_something_stands_there_that_is_not_hidden(objects):
+    assert objects.is_empty()
+    objects.publish(KEY, b"first")
+    assert not objects.is_empty()
+    objects.delete(KEY)
+    assert objects.is_empty()
+
+
 def test_list_of_nothing_is_empty(objects):
     assert list(objects.list("nothing")) == []
 
@@ -204,6 +246,15 @@ def test_list_gives_more_keys_than_a_server_tells_at_once(bucket_of):
     assert list(objects.list("many")) == MANY
 
 
+def test_whether_an_address_is_empty_takes_one_page_of_a_list(server_of, bucket_of, monkeypatch):
+    address = bucket_of("localbucket")
+    replace_all(open_objects(address), MANY)
+    with proxy_before(server_of("localbucket").endpoint) as (endpoint, faults):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        assert not open_objects(address).is_empty()
+        assert faults.seen == ["GET"]
+
+
 @pytest.mark.slow
 def test_list_gives_more_keys_than_any_server_tells_at_once(objects):
     replace_all(objects, MANY)
@@ -214,9 +265,9 @@ def test_list_gives_more_keys_than_any_server_tells_at_once(objects):
     "key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", ".a", "a/.b"]
 )
 def test_a_key_that_could_leave_the_root_or_hide_is_refused(objects, key):
-    with pytest.raises(StoreError, match="is no key of a store"):
+    with pytest.raises(OptionError, match="is no key of a store"):
         objects.publish(key, b"x")
-    with pytest.raises(StoreError, match="is no key of a store"):
+    with pytest.raises(OptionError, match="is no key of a store"):
         objects.read(key)
 
 

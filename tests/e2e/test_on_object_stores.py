@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from faulty_proxy import proxy_before
 from object_servers import SERVERS
 from tiny_caches import NUM_EXAMPLES, OPTIONS, Stop, build_tiny, tiny_inputs, tiny_teachers, tiny_transfer_set
 
@@ -228,6 +230,18 @@ def test_pages_of_a_cache_there_are_kept_in_a_folder(built, local, tmp_path, mon
     again = kdcache.open_cache(built.address, local_cache=tmp_path / "pages")
     monkeypatch.setattr(BucketObjects, "read_ranges", lambda *_: pytest.fail("a shard was read where it lies"))
     torch.testing.assert_close(again.read(range(NUM_EXAMPLES)).logits(), expected, rtol=0, atol=0)
+
+
+def test_the_first_rows_of_a_shard_take_two_requests_and_no_size(built, server_of, monkeypatch):
+    name = next(name for name in SERVERS if server_of(name).endpoint == os.environ["AWS_ENDPOINT_URL"])
+    with proxy_before(server_of(name).endpoint) as (endpoint, faults):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        cache = kdcache.open_cache(built.address)
+        cache.codes_readers()
+        faults.plan("", "")
+        cache.read_rows(np.array([0]), teachers="a")
+    asked = [(verb, path.split("/", 4)[-1]) for verb, path in zip(faults.seen, faults.paths, strict=True)]
+    assert asked == [("GET", "commits/a/0.json"), ("GET", "teachers/a/codes/c/0/0")]
 
 
 def test_every_array_opens_there_in_plain_zarr(built, local):

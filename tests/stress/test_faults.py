@@ -6,6 +6,8 @@ import pytest
 from fault_matrix import CACHES, READINGS, run_cache
 from object_servers import SERVERS
 
+from kdcache.store.reader import Expected
+
 QUICK = {name: READINGS[name] for name in ("read", "loader, windows", "allow_incomplete")}
 
 
@@ -34,6 +36,6 @@ def test_no_fault_gives_a_wrong_row_from_an_object_store(server, bucket_of):
 
 def test_a_wrong_row_would_be_seen(tmp_path, monkeypatch):
     """The matrix itself: without the check that binds chunks to their records it has failures to show."""
-    monkeypatch.setattr("kdcache.store.teachers._expected", lambda *_: None)
+    monkeypatch.setattr("kdcache.store.teachers._expected", lambda *_: Expected())
     matrix = run_cache("codes", str(tmp_path), flips=0, readings=QUICK, only=lambda fault: "exchanged" in fault.kind)
     assert matrix.total(outcome="WRONG ROWS") > 0

@@ -102,9 +102,9 @@ class SpyingObjects(LocalObjects):
         super().__init__(root)
         self.keys = keys
 
-    def read(self, key):
+    def read(self, key, *, max_bytes=None):
         self.keys.append(key)
-        return super().read(key)
+        return super().read(key, max_bytes=max_bytes)
 
     def read_range(self, key, start, length):
         self.keys.append(key)

@@ -18,7 +18,7 @@ from kdcache.build.plan import (
 )
 from kdcache.codecs import codec_for
 from kdcache.documents import Fingerprint
-from kdcache.errors import DocumentError, PlanMismatchError
+from kdcache.errors import DocumentError, PlanMismatchError, ShapeError
 from kdcache.transfer_set import Views
 
 MANY_ROWS = 100_000_000
@@ -47,6 +47,11 @@ def plan(transfer_set: TransferSet | None = None, names: str = "ab", **options):
 )
 def test_rows_of_shards_and_chunks_follow_from_the_classes(num_classes, num_rows, layout):
     assert choose_layout(Codes(), num_classes=num_classes, num_rows=num_rows) == layout
+
+
+def test_a_chunk_above_256_mebibytes_is_refused_before_anything_is_written():
+    with pytest.raises(ShapeError, match=r"a chunk may take 268435456; nothing was written. Choose fewer chunk_rows"):
+        choose_layout(Codes(), num_classes=2**14, num_rows=MANY_ROWS, chunk_rows=2**15, shard_rows=2**15)
 
 
 CODECS = [Codes(), Codes(dtype="uint16"), Lossless(), Lossless(dtype="bfloat16")]

@@ -15,7 +15,7 @@ from test_forks import exit_code_of
 from kdcache.errors import KdcacheError, MissingExtraError, OptionError, StoreError
 from kdcache.store import open_objects
 from kdcache.store.bucket_address import BucketAddress, RequestLimits
-from kdcache.store.bucket_client import BucketClient
+from kdcache.store.bucket_client import BucketClient, UnansweredError
 from kdcache.store.bucket_objects import BucketObjects, _batches
 from kdcache.store.writers import this_machine
 
@@ -101,6 +101,13 @@ def test_an_unencrypted_endpoint_elsewhere_is_refused(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1:9000")
     with pytest.raises(StoreError, match=r"http://192\.0\.2\.1 would send requests unencrypted.*AWS_ALLOW_HTTP=true"):
         open_objects("s3://bucket/cache").size(KEY)
+
+
+def test_settings_that_do_not_do_are_told_by_the_kind_of_their_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nothing.json"))
+    told = r"in the environment \(GenericError, unable to open service account, no such file\).*GOOGLE_APPLICATION"
+    with pytest.raises(StoreError, match=told):
+        open_objects("gs://bucket/cache").size(KEY)
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
@@ -235,6 +242,40 @@ def test_claims_are_taken_away_when_storing_is_refused(replacing, monkeypatch):
     assert list(replacing.client.list(".claims")) == []
 
 
+def unanswered(*_, **__):
+    raise UnansweredError("no answer")
+
+
+def test_a_claim_is_taken_away_when_the_others_are_not_told(replacing, monkeypatch):
+    replacing.publish("first", b"")
+    with monkeypatch.context() as patch:
+        patch.setattr("kdcache.store.claims._is_alone", unanswered)
+        with pytest.raises(UnansweredError):
+            replacing.publish(KEY, b"ours")
+    assert list(replacing.client.list(".claims")) == []
+
+
+@pytest.mark.parametrize("look", [1, 2], ids=["before the claim", "behind it"])
+def test_no_claim_is_left_when_the_size_is_not_told(replacing, monkeypatch, look):
+    replacing.publish("first", b"")
+    size, looks = replacing.client.size, iter(range(100))
+    told = lambda path: unanswered() if next(looks) == look else size(path)  # noqa: E731
+    monkeypatch.setattr(replacing.client, "size", told)
+    with pytest.raises(UnansweredError):
+        replacing.publish(KEY, b"ours")
+    assert list(replacing.client.list(".claims")) == []
+
+
+def test_a_claim_stays_when_the_object_may_be_stored_yet(replacing, monkeypatch):
+    replacing.publish("first", b"")
+    put = replacing.client.put
+    sent = lambda path, *rest, **options: unanswered() if path == KEY else put(path, *rest, **options)  # noqa: E731
+    monkeypatch.setattr(replacing.client, "put", sent)
+    with pytest.raises(UnansweredError):
+        replacing.publish(KEY, b"ours")
+    assert len(replacing.client.list(f".claims/{KEY}")) == 1
+
+
 def leave_claim(objects, *, machine, pid):
     objects.client.put(f".claims/{KEY}/{machine}-{pid}-{'0' * 16}", b"", create_only=False)
 
@@ -281,6 +322,13 @@ def test_ranges_within_a_known_size_are_read_in_one_request(conditional, monkeyp
     assert [len(part) for part in conditional.read_ranges(KEY, [(0, 10), (5000, 20), (20, 5)])] == [10, 20, 5]
 
 
+def test_a_range_of_an_object_of_the_size_believed_is_one_request(conditional, monkeypatch):
+    conditional.publish(KEY, bytes(10_000))
+    monkeypatch.setattr(BucketClient, "size", lambda *_: pytest.fail("the size was asked"))
+    assert conditional.read_sized(KEY, 9000, 1000, believed_bytes=10_000) == (bytes(1000), 10_000)
+    assert [len(part) for part in conditional.read_ranges(KEY, [(0, 10)])] == [10]
+
+
 def test_what_is_held_of_many_ranges_is_bounded():
     ranges = [(number * 2**23, 2**23) for number in range(9)]
     assert [len(batch) for batch in _batches(ranges)] == [3, 3, 3]
@@ -298,6 +346,8 @@ def test_a_forked_process_reads_and_publishes_after_its_parent_did(objects):
 
     def work():
         reads = objects.read(KEY) == b"first" and objects.read_range(KEY, 1, 2) == b"ir" and objects.size(KEY) == 5
+        reads &= objects.read_sized(KEY, 1, 2, believed_bytes=5) == (b"ir", 5) and objects.sizes("") == {KEY: 5}
+        reads &= not objects.is_empty()
         return reads and objects.publish("second", b"x") and list(objects.list("")) == ["second", KEY]
 
     assert exit_code_of(work) == 0

@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -170,14 +171,17 @@ def test_a_root_that_is_no_json_object_is_corrupt(store, text):
 
 
 @pytest.mark.parametrize("key", ["zarr.json", "complete.json", "commits/a/0.json"])
-def test_a_document_too_large_for_any_is_refused_before_it_is_read(store, monkeypatch, key):
+def test_a_document_too_large_for_any_is_refused_before_it_is_read(store, tmp_path, key):
     store.objects.publish(key, b"{}")
-    monkeypatch.setattr(type(store.objects), "size", lambda *_: 2**26 + 1)
-    monkeypatch.setattr(type(store.objects), "read", lambda *_: pytest.fail("the file was read"))
+    os.truncate(tmp_path / "cache" / key, 2**26 + 1)
     reads = {"zarr.json": store.cache_document, "complete.json": store.complete}
     read = reads.get(key, lambda: store.record("a", 0))
+    tracemalloc.start()
     with pytest.raises(CorruptCacheError, match=f"{key}: the file has 67108865 bytes; no JSON document of a cache has"):
         read()
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2**20
 
 
 # Examples
@@ -446,6 +450,12 @@ def test_an_array_that_contradicts_the_documents_is_refused_before_it_is_read(wr
     written.store.objects.replace(key, json.dumps(metadata).encode())
     with pytest.raises(CorruptCacheError, match=told):
         written.reader()
+
+
+def test_documents_that_ask_for_a_larger_chunk_than_any_may_be_are_refused(written):
+    huge = make_cache_document(shard_rows=2**26, chunk_rows=2**26)
+    with pytest.raises(CorruptCacheError, match=r"a chunk of 67108864 rows .* above the 268435456 that one may take"):
+        written.store.teacher_of("a", huge)
 
 
 def test_an_array_without_metadata_is_corrupt(written):

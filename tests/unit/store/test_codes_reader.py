@@ -7,6 +7,7 @@ from store_builders import make_cache_document, resident, whole
 
 from kdcache.errors import CorruptCacheError, ShapeError
 from kdcache.store import reader as reader_module
+from kdcache.store.codes_reader import has_fill
 from kdcache.store.recent import Recent
 from kdcache.store.shards import encode_shard
 
@@ -151,7 +152,7 @@ def test_row_numbers_that_are_no_integers_are_refused(written, rows):
 READS = {
     "rows": lambda reader: reader.read_rows(np.array([200])),
     "shard": lambda reader: reader.read_shard(1),
-    "block": lambda reader: reader.read_block(128, np.empty((128, 11), np.uint8)),
+    "block": lambda reader: reader.read_chunks(range(4, 8), np.empty((128, 11), np.uint8), first_row=128),
     "all": lambda reader: whole(resident(reader, make_cache_document())),
 }
 
@@ -234,5 +235,5 @@ def test_a_shard_cut_while_it_is_read_is_an_error(written):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_not_a_number_is_the_fill_code_of_floats(dtype):
-    assert reader_module.has_fill(np.array([[0, np.nan]], dtype), np.nan)
-    assert not reader_module.has_fill(np.array([[0, np.inf]], dtype), np.nan)
+    assert has_fill(np.array([[0, np.nan]], dtype), np.nan)
+    assert not has_fill(np.array([[0, np.inf]], dtype), np.nan)

@@ -50,7 +50,11 @@ def ranges(store, monkeypatch):
         return data
 
     monkeypatch.setattr(kind, "read_range", note)
-    monkeypatch.setattr(kind, "read", lambda self, key: pytest.fail("read whole") if key == KEY else read(self, key))
+
+    def read_others(self, key, **limits):
+        return pytest.fail("read whole") if key == KEY else read(self, key, **limits)
+
+    monkeypatch.setattr(kind, "read", read_others)
     return noted
 
 

@@ -21,7 +21,10 @@ class FailingReader:
         self.spec = reader.spec
         self.error = error
 
-    def read_block(self, *_):
+    def prepare(self):
+        """Have nothing to do."""
+
+    def read_chunks(self, *_, **__):
         raise self.error
 
 

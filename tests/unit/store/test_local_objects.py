@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, StoreError
 from kdcache.store import LocalObjects, open_objects
 from kdcache.store import local_objects as objects_module
 
@@ -126,6 +126,29 @@ def test_a_failed_write_leaves_nothing(objects, tmp_path, monkeypatch):
     assert files_below(tmp_path / "store") == ["other"]
 
 
+CHANGES = {
+    "publish": (lambda objects: objects.publish(KEY, b"new"), "cannot be made durable: .* It stands whole", True),
+    "replace": (lambda objects: objects.replace(KEY, b"new"), "cannot be made durable: .* It stands whole", True),
+    "delete": (lambda objects: objects.delete("a/b"), "cannot be removed for good: .* It is gone", False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_folder_that_cannot_be_synced_behind_a_change_is_told_as_what_it_is(objects, monkeypatch, name):
+    change, told, stands = CHANGES[name]
+    objects.publish("a/b", b"old")
+    objects.publish(f"{KEY}-beside", b"makes the folder")
+
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(objects_module, "_sync_folder", fail)
+    with pytest.raises(StoreError, match=told) as caught:
+        change(objects)
+    assert caught.value.errno == errno.EIO
+    assert (objects.size(KEY) is not None, objects.size("a/b") is not None) == (stands, stands)
+
+
 def test_file_and_folder_are_synced_before_publish_returns(objects, tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
@@ -222,6 +245,16 @@ def test_a_local_path_opens_as_local_objects(tmp_path):
 
 def test_a_file_address_opens_as_local_objects(tmp_path):
     assert open_objects(f"file://{tmp_path}").address == str(tmp_path)
+
+
+def test_a_file_address_may_name_this_machine(tmp_path):
+    assert open_objects(f"file://localhost{tmp_path}/a").address == f"{tmp_path}/a"
+
+
+@pytest.mark.parametrize("address", ["file://elsewhere/a", "file://a", "file://", "file://localhost"])
+def test_a_file_address_of_another_machine_or_of_no_path_is_refused(address):
+    with pytest.raises(StoreError, match=f"{address}: a file:// address is of this machine.*Give file:///PATH"):
+        open_objects(address)
 
 
 WRITER = """

@@ -106,9 +106,10 @@ def test_sizes_that_do_not_fit_are_refused(shard_rows, chunk_rows, num_columns):
         make_spec(shard_rows=shard_rows, chunk_rows=chunk_rows, num_columns=num_columns)
 
 
-def test_a_chunk_above_two_gigabytes_is_refused():
-    with pytest.raises(ShapeError, match="choose fewer chunk_rows"):
-        make_spec("float32", shard_rows=2**16, chunk_rows=2**16, num_columns=2**14)
+def test_the_largest_chunk_takes_256_mebibytes():
+    assert make_spec(shard_rows=2**14, chunk_rows=2**14, num_columns=2**14).chunk_bytes == 2**28
+    with pytest.raises(ShapeError, match="above the 268435456 that one may take; choose fewer chunk_rows"):
+        make_spec(shard_rows=2**14, chunk_rows=2**14, num_columns=2**14 + 1)
 
 
 def test_an_unknown_type_is_refused():
