@@ -26,6 +26,7 @@ __all__ = [
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,12 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Torch threads of this 
 SECONDS_BETWEEN_LINES = 30.0
 """Without a terminal, progress is a line now and then."""
 
-console = Console()
+_FILE_COLUMNS = 200
+"""Width of tables that go into a file or a pipe; the variable COLUMNS says otherwise."""
+
+_IS_FILE = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+# Rich takes a width without a height for none where there is no terminal.
+console = Console(width=_FILE_COLUMNS, height=25) if _IS_FILE else Console()
 _errors = Console(stderr=True)
 
 

@@ -26,15 +26,20 @@ Target = Annotated[
 ]
 
 _DONE = {
-    "drop": "dropped",
-    "write": "written anew",
-    "fit": "fitted again",
-    "build": "to be built",
-    "built": "built",
-    "keep": "kept",
-    "cannot": "cannot be mended",
+    "drop": "It was taken away",
+    "write": "It was written anew",
+    "fit": "It was fitted again",
+    "build": "It is to be built",
+    "built": "Built",
+    "keep": "It was kept",
+    "cannot": "It cannot be mended here",
 }
-_PLANNED = {**_DONE, "drop": "would be dropped", "write": "would be written anew", "fit": "would be fitted again"}
+_PLANNED = {
+    **_DONE,
+    "drop": "It would be taken away",
+    "write": "It would be written anew",
+    "fit": "It would be fitted again",
+}
 
 
 def repair(
@@ -44,7 +49,10 @@ def repair(
     json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Drop what is bad, write anew what can be, build what is missing. Exit code 3: build it; 4: nothing mends it."""
+    """Drop what is bad, write anew what can be, build what is missing. Exit code 3: build it; 4: nothing mends it.
+
+    A dry run ends with the code that the repair would end with.
+    """
     use_threads(threads)
     if not dry_run and not yes:
         _ask(target, json=json)
@@ -92,7 +100,7 @@ def _print(report: RepairReport) -> None:
     words = _PLANNED if report.is_dry_run else _DONE
     for action in report.actions:
         then = f". {action.then}" if action.then else ""
-        say(f"[bold]{escape(action.key)}[/bold] {words[action.verb]}: {escape(action.why)}{escape(then)}")
+        say(f"[bold]{escape(action.key)}[/bold]: {escape(action.why)}. {words[action.verb]}{escape(then)}")
     address = escape(report.address)
     if report.is_dry_run:
         say(f"{address}: {len(report.actions)} step(s); nothing was changed")

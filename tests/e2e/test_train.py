@@ -148,11 +148,11 @@ def kill_after(process: subprocess.Popen, out: Path, *, num_epochs: int) -> None
 
 def test_a_killed_run_goes_on_to_the_same_bits(folder):
     job = job_file(folder, "killed", JOB + SWEEP)
-    assert start_training(job, folder / "undisturbed").wait() == 0
+    train_job(read_job(job), out=folder / "undisturbed")
     process = start_training(job, folder / "killed")
     kill_after(process, folder / "killed", num_epochs=4)
     assert process.returncode == -signal.SIGKILL
-    assert start_training(job, folder / "killed").wait() == 0
+    train_job(read_job(job), out=folder / "killed")
     torch.testing.assert_close(weights(folder / "killed"), weights(folder / "undisturbed"), rtol=0, atol=0)
     assert metrics(folder / "killed") == metrics(folder / "undisturbed")
 

@@ -193,7 +193,7 @@ def main(folder: str, num_kills: str, seed: str) -> None:
         sys.stdout.write(json.dumps({"work": work, "undisturbed": end, "lasts": lasts[work]}) + "\n")
     for number in range(int(num_kills)):
         work = list(WORKS)[number % len(WORKS)]
-        line = attempt(work, base / "killed", seconds=drawn.uniform(0, lasts[work]))
+        line = attempt(work, base / "killed", seconds=drawn.uniform(0, 0.9 * lasts[work]))
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 

@@ -34,7 +34,7 @@ def kills(request, tmp_path_factory):
 
 def test_runs_are_killed_while_they_are_at_it(kills):
     _, lines = kills
-    assert sum(line["was_killed"] for line in lines) > 0.7 * len(lines)
+    assert sum(line["was_killed"] for line in lines) > 0.5 * len(lines)
 
 
 def test_the_same_call_ends_each_with_the_data_of_an_undisturbed_one(kills):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -137,7 +138,7 @@ def test_repair_with_the_job_brings_everything_back(cache, tiny_job, command):
     before = files_of(cache)
     (cache / SHARD).write_bytes(b"torn")
     ended = command("repair", tiny_job, "--yes")
-    assert (ended.code, f"{SHARD} dropped: it has 4 bytes" in words(ended)) == (0, True)
+    assert (ended.code, f"{SHARD}: it has 4 bytes, its record says" in words(ended)) == (0, True)
     assert "mended; it is complete" in words(ended)
     assert files_of(cache) == before
 
@@ -162,7 +163,7 @@ def test_repair_of_what_nothing_mends_says_what_to_do(cache, command):
     (cache / "plans/0.json").write_text("{")
     (cache / "complete.json").unlink()
     ended = command("repair", cache, "--yes")
-    assert (ended.code, "plans/0.json cannot be mended" in words(ended)) == (4, True)
+    assert (ended.code, "It cannot be mended here" in words(ended)) == (4, True)
     assert "or bring the file back from a copy" in words(ended)
 
 
@@ -170,9 +171,21 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(cache, command):
     (cache / SHARD).write_bytes(b"torn")
     before = files_of(cache)
     ended = command("repair", cache, "--dry-run")
-    assert (ended.code, f"{SHARD} would be dropped" in words(ended)) == (3, True)
+    assert (ended.code, "It would be taken away" in words(ended)) == (3, True)
     assert "nothing was changed" in words(ended)
     assert files_of(cache) == before
+
+
+def test_a_dry_run_of_what_needs_no_teacher_ends_as_the_repair_would(cache, command):
+    (cache / "index/entries/c/0/0").write_bytes(b"torn")
+    assert command("repair", cache, "--dry-run").code == 0
+
+
+def test_tables_in_a_file_are_as_wide_as_they_need(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    code = "from kdcache.cli.output import console; print(console.width)"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(told) == 200
 
 
 def test_a_repair_that_is_not_confirmed_and_cannot_ask_is_refused(cache, command):
