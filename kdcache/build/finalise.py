@@ -77,4 +77,11 @@ def _completed(store: CacheStore, plan: PlanDocument, name: str) -> CompletedTea
             f"cache {store.address}: teacher {name!r} lacks {len(missing)} of {plan.cache.num_shards} shards "
             f"({missing[:10]}); the cache stays as it was. Run the build with this teacher again"
         )
+    encoded_under = {record.document_digest for record in records.values()} - {None, document.digest()}
+    if encoded_under:
+        raise CorruptCacheError(
+            f"cache {store.address}: the document of teacher {name!r} is not the one that its shards were encoded "
+            f"under, so that no reader would take them. complete.json was not written. Bring teachers/{name}/zarr.json "
+            "back from a copy, and run the same command again"
+        )
     return completed_teacher(document, [records[shard] for shard in range(plan.cache.num_shards)])

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -263,7 +264,12 @@ def _cut(row_map: RowMap, key: BatchKey, logits: Logits, start: int, end: int) -
 
 
 def _nested_bytes(inputs: Any) -> int:
-    return sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(inputs))
+    return sum(_bytes_of(leaf) for leaf in tree_leaves(inputs))
+
+
+def _bytes_of(leaf: Any) -> int:
+    is_counted = isinstance(leaf, np.ndarray) or (isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    return int(leaf.nbytes) if is_counted else 0
 
 
 def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:

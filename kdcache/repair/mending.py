@@ -28,6 +28,7 @@ from __future__ import annotations
 
 __all__ = ["Mending"]
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ class Mending:
     def steps(self) -> Iterator[Action]:
         """Do steps 1 to 6, and give what was done, in order."""
         self._refuse_what_came_back()
+        _ = self._plan_by_root  # found before anything is written
         table = self._table()
         is_same = table is not None and not self._is_other_table(table)
         yield from self._write_derived(has_table=table is not None)
@@ -113,7 +115,7 @@ class Mending:
         """
         store, complete = self.standing.store, self.standing.complete
         plans = dict(self.standing.plans) | self.plan.plans
-        named = finished_plan_by_root(self.standing) if complete is None else complete.plan_index
+        named = self._plan_by_root if complete is None else complete.plan_index
         for index in dict.fromkeys((max(plans, default=-1), -1 if named is None else named)):
             plan = plans.get(index)
             if plan is not None and self._is_done(plan):
@@ -121,6 +123,15 @@ class Mending:
                     finalise(store, index, plan, is_repair=True)
                 return True
         return False
+
+    @functools.cached_property
+    def _plan_by_root(self) -> int | None:
+        return finished_plan_by_root(self.standing) if self.standing.complete is None else None
+
+    def _gathered(self) -> tuple[str, ...]:
+        """Give the teachers that the root is to gather: those of complete.json, or those that it has gathered."""
+        by_root = self.standing.plans.get(-1 if self._plan_by_root is None else self._plan_by_root)
+        return self.standing.completed or (() if by_root is None else by_root.stored_names)
 
     def missing_shards(self) -> int:
         """Count the shards that have no record, of the teachers that complete.json or the newest plan names."""
@@ -240,7 +251,7 @@ class Mending:
                 yield self._write(key, to_json(chosen))
         index_parts = {layout.INDEX, *index_keys(self.standing.cache)} - {layout.metadata_key(path) for path in nodes}
         if layout.ROOT in plan.write or plan.teachers:
-            completed = [teachers[name] for name in self.standing.completed if name in teachers]
+            completed = [teachers[name] for name in self._gathered() if name in teachers]
             nodes = expected_nodes(self.standing.cache, completed)
             root = group_metadata({ATTRIBUTE: self.standing.cache.to_mapping()})
             if completed:
@@ -301,9 +312,7 @@ class Mending:
     def _is_done(self, plan: PlanDocument) -> bool:
         store = self.standing.store
         for name in plan.stored_names:
-            keys = [layout.record_key(name, shard) for shard in range(plan.cache.num_shards)]
-            gone = self.plan.drop_records if self.is_dry_run else {}
-            if any(key in gone or store.objects.size(key) is None for key in keys):
+            if self._num_records(name) < plan.cache.num_shards:
                 return False
             if store.objects.size(layout.metadata_key(layout.teacher_group(name))) is None:
                 return False

@@ -225,8 +225,10 @@ class KeptPages:
         self._keep(path, data)
         with self._lock:
             digests = self._digests.setdefault(parent, {})
-            digests[index] = hashlib.sha256(data).hexdigest()
-            found = vouched.listed(digests) if len(digests) == vouched.num_records else None
+            digest = hashlib.sha256(data).hexdigest()
+            is_new = digests.get(index) != digest
+            digests[index] = digest
+            found = vouched.listed(digests) if is_new and len(digests) == vouched.num_records else None
         if found is not None:
             self._keep(self._path(f"{parent}/", 0, 0), found)
         return data

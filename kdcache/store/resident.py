@@ -92,13 +92,12 @@ class ResidentCodes:
 
     def _wait_for(self, chunks: Sequence[int]) -> None:
         futures = [found for together in self._parted(chunks) for found in self._submitted(together).items()]
-        for chunk, future in futures:
+        for _, future in futures:
             try:
                 future.result()
             except Exception:
                 with self._lock:  # whoever asks again has it tried again
-                    if self._pending.get(chunk) is future:
-                        del self._pending[chunk]
+                    self._pending = {other: waited for other, waited in self._pending.items() if waited is not future}
                 raise
 
     def _parted(self, chunks: Sequence[int]) -> list[list[int]]:

@@ -369,8 +369,9 @@ class CacheStore(StoredDocuments):
     def shard_sizes(self, name: str) -> dict[int, int]:
         """Give the sizes in bytes of a teacher's shards that stand, by their numbers; one list of their folder."""
         sizes = self._objects.sizes(layout.shards_folder(name))
-        numbers = {key: key.split("/")[-2] for key in sizes}
-        return {int(number): sizes[key] for key, number in numbers.items() if number.isdecimal()}
+        numbers = [int(number) for number in (key.split("/")[-2] for key in sizes) if number.isdecimal()]
+        keys = {number: layout.shard_key(name, number) for number in numbers}  # other files may lie beside a shard
+        return {number: sizes[key] for number, key in keys.items() if key in sizes}
 
     # The whole -------------------------------------------------------------------------------------------------------
 

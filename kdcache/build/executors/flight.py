@@ -85,7 +85,11 @@ class Flight:
         self._seen_at = time.monotonic()
 
     def outcomes(
-        self, items: Iterable[Item], send: Callable[[Item], Future[Any]], width: Callable[[int], int]
+        self,
+        items: Iterable[Item],
+        send: Callable[[Item], Future[Any]],
+        width: Callable[[int], int],
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[Item, Any], None, None]:
         """Yield each item with its result, or with a `Loss`, in the order in which they end.
 
@@ -96,6 +100,9 @@ class Flight:
             Submits an item.
         width : callable (int) -> int
             Says how many may be under way, from the number that the cluster can run at once.
+        is_ending : callable () -> bool, optional
+            Says when no more are to be sent. What is under way is waited for: Dask does not stop a function that
+            runs, and what it does to its worker would be blamed on whatever comes next.
 
         Raises
         ------
@@ -108,6 +115,8 @@ class Flight:
         landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         try:
             while waiting or under_way:
+                if is_ending():
+                    waiting.clear()
                 while waiting and len(under_way) < max(1, width(self.num_slots())):
                     self._launch(waiting.popleft(), send, under_way, landed)
                 future = self._next(landed)

@@ -98,6 +98,7 @@ class Rounds:
         self._quarantined: list[_Trial] = []
         self._trial: _Trial | None = None
         self._verdict: ExecutorError | None = None
+        self._has_built = False
         self._in_a_row = 0
         self._failures = Failures(self._num_tasks)
         self._flight = flight
@@ -152,8 +153,8 @@ class Rounds:
 
     def _fly(self, spans: Iterable[_Span], width: Callable[[int], int]) -> None:
         """Run spans together; whoever is blamed for a death becomes suspect. End early where nothing else happens."""
-        num_blamed = 0
-        with contextlib.closing(self._outcomes(spans, width)) as outcomes:
+        num_blamed, is_ending = 0, False
+        with contextlib.closing(self._outcomes(spans, width, lambda: is_ending)) as outcomes:
             for span, outcome in outcomes:
                 if not isinstance(outcome, Loss):
                     num_blamed = 0
@@ -163,13 +164,15 @@ class Rounds:
                 if outcome.num_deaths:
                     self._suspects |= span.tasks & self._remaining
                     num_blamed += 1
-                if num_blamed >= MAX_BLAMED_IN_A_ROW:
-                    return
+                is_ending = is_ending or num_blamed >= MAX_BLAMED_IN_A_ROW
 
     def _outcomes(
-        self, spans: Iterable[_Span], width: Callable[[int], int]
+        self,
+        spans: Iterable[_Span],
+        width: Callable[[int], int],
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[_Span, Any], None, None]:
-        flown = self._flight.outcomes(spans, lambda span: self._send(span.teacher, span.shards), width)
+        flown = self._flight.outcomes(spans, lambda span: self._send(span.teacher, span.shards), width, is_ending)
         with contextlib.closing(flown):
             yield from flown
 
@@ -192,7 +195,8 @@ class Rounds:
         self._remaining.discard(task)
         self._suspects.discard(task)
         self._in_a_row += 1
-        if self._in_a_row >= MAX_QUARANTINED_IN_A_ROW and self._remaining - self._suspects:
+        is_hopeless = self._remaining - self._suspects or (self._remaining and not self._has_built)
+        if self._in_a_row >= MAX_QUARANTINED_IN_A_ROW and is_hopeless:
             raise self._in_quarantine(
                 f"The build stopped after {self._in_a_row} of them in a row: {len(self._remaining)} more shard(s) were "
                 f"left ({shard_names(self._remaining)}). What is published is kept"
@@ -216,7 +220,7 @@ class Rounds:
             if isinstance(outcome, FailedShard):
                 self._failures.add(outcome)
             else:
-                self._in_a_row = 0
+                self._has_built, self._in_a_row = True, 0
                 self._failures.note_success()
                 self._on_record(outcome)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_caches import OPTIONS, tiny_teachers, tiny_transfer_set
 
-from kdcache import Codes
+from kdcache import Codes, TransferSet, build_cache
 from kdcache.build import plan_cache
 from kdcache.build.memory import TaskMemory
 
@@ -54,3 +54,15 @@ def test_larger_batches_take_more_memory(tmp_path):
     ]
     small, large = (forecast.teachers[0].memory.logits_bytes for forecast in stated)
     assert large - small == 2 * 4 * 5 * torch.float32.itemsize
+
+
+class Sparse(torch.nn.Linear):
+    def forward(self, inputs):
+        return torch.sparse.mm(inputs, self.weight.T)
+
+
+def test_inputs_that_have_no_number_of_bytes_are_built_all_the_same(tmp_path):
+    transfer_set = TransferSet(
+        list(torch.eye(20)), example_ids=range(20), collate=lambda inputs: torch.stack(inputs).to_sparse()
+    )
+    assert len(build_cache(tmp_path / "cache", transfer_set, {"a": Sparse(20, 5)})) == 20

@@ -29,9 +29,9 @@ class PlayedFlight:
         self.num_losses = 0
         self.ended_by = None
 
-    def outcomes(self, spans, send, width):  # noqa: ARG002 - nothing is sent
+    def outcomes(self, spans, send, width, is_ending):  # noqa: ARG002 - nothing is sent
         waiting = list(spans)
-        while waiting:
+        while waiting and not is_ending():
             count = max(1, width(self.num_slots))
             under_way, waiting = waiting[:count], waiting[count:]
             is_deadly = any(self.bad & set(span.shards) for span in under_way)
@@ -108,8 +108,11 @@ def test_all_guilty_shards_are_named_with_their_examples(work):
 
 
 def test_a_task_that_is_lost_without_a_death_is_not_said_to_have_killed_anyone(work):
-    with pytest.raises(ExecutorError, match=r"lost 3 times, by no death that Dask tells of"):
-        run(work, PlayedFlight(set(range(NUM_SHARDS)), VANISHED))
+    flight = PlayedFlight(set(range(NUM_SHARDS)), VANISHED)
+    with pytest.raises(ExecutorError, match=r"lost 3 times, by no death that Dask tells of") as caught:
+        run(work, flight)
+    assert caught.match(rf"stopped after {MAX_QUARANTINED_IN_A_ROW} of them in a row")
+    assert flight.num_losses < 10 * MAX_QUARANTINED_IN_A_ROW
 
 
 @pytest.mark.parametrize("ended_by", [KeyboardInterrupt(), ExecutorError("the scheduler was lost")])

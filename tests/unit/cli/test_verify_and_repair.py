@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -181,11 +182,11 @@ def test_a_dry_run_of_what_needs_no_teacher_ends_as_the_repair_would(cache, comm
     assert command("repair", cache, "--dry-run").code == 0
 
 
-def test_tables_in_a_file_are_as_wide_as_they_need(monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_tables_in_a_file_are_as_wide_as_they_need():
     code = "from kdcache.cli.output import console; print(console.width)"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert int(told) == 200
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert int(told.stdout) == 200
 
 
 def test_a_repair_that_is_not_confirmed_and_cannot_ask_is_refused(cache, command):

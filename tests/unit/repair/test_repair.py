@@ -281,6 +281,28 @@ def test_the_ensemble_is_brought_back_while_a_teacher_is_being_added(folder, dam
     assert open_cache(folder).teacher_names == ("a", "b", "c")
 
 
+def test_the_ensemble_is_brought_back_with_the_document_of_a_teacher_that_is_in_it(folder):
+    before = (folder / "complete.json").read_bytes()
+    with pytest.raises(Stop):
+        build_tiny(
+            folder, teachers=tiny_teachers(3), codec=CODES, add_teachers=True, on_progress=stop_at_its_second_shard
+        )
+    (folder / "commits/c/2.json").unlink(missing_ok=True)
+    lose(folder / "complete.json")
+    cut(folder / "teachers/a/zarr.json")
+    assert repair_cache(folder).is_complete
+    assert (folder / "complete.json").read_bytes() == before
+
+
+def test_a_document_that_shards_were_not_encoded_under_is_not_vouched_for(folder):
+    lose(folder / "complete.json")
+    path = folder / "teachers/a/zarr.json"
+    path.write_text(path.read_text().replace('"num_pilot_rows": 40', '"num_pilot_rows": 41'))
+    with pytest.raises(CorruptCacheError, match=r"not the one that its shards were encoded under"):
+        repair_cache(folder)
+    assert not (folder / "complete.json").exists()
+
+
 def test_a_finished_teacher_is_not_taken_out_of_the_cache_by_a_lost_completion(folder):
     for name in ("complete.json", "commits/b/0.json", "teachers/b/codes/c/0/0"):
         lose(folder / name)

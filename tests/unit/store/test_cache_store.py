@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from store_builders import NUM_ROWS, make_cache_document, make_plan, make_teacher_document
+from tiny_caches import build_tiny
 
 from kdcache.documents import CertificateDocument, CompleteDocument, CompletedTeacher, Histogram, Record
 from kdcache.errors import (
@@ -565,3 +566,14 @@ def test_stale_partial_files_of_a_cache_are_removed(started, tmp_path):
 
 def test_a_store_without_partial_files_has_none_to_remove():
     assert CacheStore(object()).remove_stale_partials() == 0
+
+
+def test_the_size_of_a_shard_is_its_own_and_not_that_of_a_file_beside_it(tmp_path):
+    build_tiny(tmp_path / "cache")
+    store = CacheStore.at(tmp_path / "cache")
+    before = store.shard_sizes("a")
+    shard = tmp_path / "cache/teachers/a/codes/c/2/0"
+    shard.with_name("0.orig").write_bytes(b"mine")
+    assert store.shard_sizes("a") == before
+    shard.rename(shard.with_name("0.bak"))
+    assert sorted(store.shard_sizes("a")) == [0, 1]
