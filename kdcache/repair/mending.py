@@ -20,8 +20,8 @@ goes on.
 
 Beside a running build this is harmless: a builder never replaces what stands, so that nothing sound can come under a
 key while something bad stands there, and no two things can be taken for each other. Every file is read again just
-before it is taken away, and stays if it is right then. Two repairs at once can take away a shard that was built
-in between them: its record then vouches for nothing, which the next repair finds. Work is lost, and no row is wrong.
+before it is taken away, and stays if it is right then. No other repair is at work from the verification to step 6, and
+at step 8: `kdcache.repair.claim`. Step 7 is a build, beside which another repair is as harmless as beside any.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kdcache.build.finalise import finalise
 from kdcache.documents import PlanDocument
 from kdcache.errors import KdcacheError, StoreError
 from kdcache.repair.actions import Action
+from kdcache.repair.claim import RepairClaim
 from kdcache.repair.origin import Origin
 from kdcache.repair.planning import RepairPlan
 from kdcache.repair.sources import finished_plan_by_root
@@ -62,14 +63,19 @@ class Mending:
         As it was when the findings were made.
     plan : RepairPlan
     origin : Origin
-    is_dry_run : bool
-        Give the actions and change nothing.
+    claim : RepairClaim or None
+        Looked at before each change. None for a dry run: give the actions and change nothing.
     """
 
     standing: Standing
     plan: RepairPlan
     origin: Origin
-    is_dry_run: bool
+    claim: RepairClaim | None
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is changed."""
+        return self.claim is None
 
     def steps(self) -> Iterator[Action]:
         """Do steps 1 to 6, and give what was done, in order."""
@@ -117,7 +123,8 @@ class Mending:
         for index in dict.fromkeys((max(plans, default=-1), -1 if named is None else named)):
             plan = plans.get(index)
             if plan is not None and self._is_done(plan):
-                if not self.is_dry_run:
+                if self.claim is not None:
+                    self.claim.check()
                     finalise(store, index, plan, is_repair=True)
                 return True
         return False
@@ -177,7 +184,8 @@ class Mending:
         return (table is not None and self._is_other_table(table)) or self.plan.drops_from(self.standing.completed)
 
     def _drop(self, key: str, why: str) -> Action:
-        if not self.is_dry_run:
+        if self.claim is not None:
+            self.claim.check()
             self.standing.store.objects.delete(key)
         return Action("drop", key, why)
 
@@ -255,7 +263,8 @@ class Mending:
         return Action("write", key, item.what if item else "it holds a copy of what was written anew")
 
     def _replace(self, key: str, data: bytes) -> None:
-        if not self.is_dry_run:
+        if self.claim is not None:
+            self.claim.check()
             self.standing.store.objects.replace(key, data)
 
     def _write_index(self) -> Action:
@@ -263,7 +272,8 @@ class Mending:
         why = next(item.what for key, item in self.plan.write.items() if key.startswith(layout.INDEX))
         if self.plan.examples is not None and not self.origin.has_transfer_set:
             return Action("build", layout.INDEX, why, "it is made anew once the example table is right")
-        if not self.is_dry_run:
+        if self.claim is not None:
+            self.claim.check()
             table = store.examples()
             for key in index_keys(self.standing.cache):
                 if not key.endswith(f"/{layout.METADATA}"):
