@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -184,7 +185,9 @@ def test_a_dry_run_of_what_needs_no_teacher_ends_as_the_repair_would(cache, comm
 def test_tables_in_a_file_are_as_wide_as_they_need(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     code = "from kdcache.cli.output import console; print(console.width)"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", code]
+    environment = dict(os.environ)  # given, since readline sets COLUMNS behind Python's back
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert int(told) == 200
 
 
