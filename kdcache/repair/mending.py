@@ -10,9 +10,11 @@ goes on.
    transfer set gives the very bytes. *Left:* some are written.
 3. complete.json is taken away, where it vouches for anything that is dropped, missing or written with other bytes.
    *Left:* an unfinished cache. Readers refuse it; those that had it open read right rows, or an error from what is bad.
-4. Bad records are taken away. *Left:* shards without records, as a stopped build leaves them. A bad one among them that
-   cannot be decoded is dropped by the next repair; one that can, such as another shard's bytes, is held against the
-   teacher's logits by the build, which refuses or certifies it anew.
+4. Documents that are not of the plan are taken away, of teachers without a record, each behind the metadata of its codes.
+   *Left:* what a build leaves that stopped at this teacher's document. Then bad records are taken away. *Left:* shards
+   without records, as a stopped build leaves them. A bad one among them that cannot be decoded is dropped by the next
+   repair; one that can, such as another shard's bytes, is held against the teacher's logits by the build, which refuses
+   or certifies it anew.
 5. Bad shards are taken away. *Left:* an unfinished cache of sound shards. `kdcache build JOB` goes on, too.
 6. An example table of other bytes, as another release of Arrow writes it, is written. *Left:* as after step 5.
 7. What is missing is built, by the ordinary way of a build. *Left:* what a stopped build leaves.
@@ -47,6 +49,7 @@ from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.nodes import consolidated_root, expected_nodes, gathered_metadata, index_keys
 from kdcache.store.teachers import describe_parameters
 from kdcache.verify import Finding
+from kdcache.verify.planned import unplanned_teachers
 from kdcache.verify.shards import digest_of
 from kdcache.verify.standing import Standing
 
@@ -88,6 +91,8 @@ class Mending:
             yield from self._write_examples(table)
         if self._drops_completion(table):
             yield self._drop(layout.COMPLETE, "it vouches for what is dropped, missing or written with other bytes")
+        for name, item in self.plan.drop_documents.items():
+            yield from self._drop_document(name, item)
         for key, item in self.plan.drop_records.items():
             if self.standing.store.objects.size(key) is not None:
                 yield self._drop_if(key, item, self._is_record_bad)
@@ -188,6 +193,15 @@ class Mending:
             self.claim.check()
             self.standing.store.objects.delete(key)
         return Action("drop", key, why)
+
+    def _drop_document(self, name: str, item: Finding) -> Iterator[Action]:
+        """Take away a teacher's document that is not of the plan, behind the metadata that follow from it."""
+        store, group = self.standing.store, layout.teacher_group(name)
+        metadata = layout.metadata_key(f"{group}/{layout.CODES}")
+        is_bad = self.is_dry_run or name in unplanned_teachers(Standing.read(store))
+        if is_bad and store.objects.size(metadata) is not None:
+            yield self._drop(metadata, "it follows from the document that is taken away")
+        yield self._drop_if(item.key, item, lambda *_: is_bad)
 
     def _drop_if(self, key: str, item: Finding, is_bad: Callable[[str, Finding], bool]) -> Action:
         """Take a file away if a second reading finds it bad again."""
