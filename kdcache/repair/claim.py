@@ -100,8 +100,8 @@ def claim_repair(objects: Objects) -> Iterator[RepairClaim]:
             time.sleep(_WAIT_SECONDS * 2**turn * random.uniform(0.5, 1.5))  # noqa: S311 - only to part two repairs
     raise StoreError(
         f"{objects.address} is being repaired already, as {', '.join(others)} says. Nothing was changed. Run this "
-        "again when the other repair has ended. If there is none, it was killed on another machine: delete that file, or "
-        f"run this again {LEASE_SECONDS / 60:.0f} minutes later"
+        "again when the other repair has ended. If there is none, it was killed on another machine: delete that file, "
+        f"or run this again {LEASE_SECONDS / 60:.0f} minutes later"
     )
 
 

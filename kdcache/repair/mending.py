@@ -10,7 +10,7 @@ goes on.
    transfer set gives the very bytes. *Left:* some are written.
 3. complete.json is taken away, where it vouches for anything that is dropped, missing or written with other bytes.
    *Left:* an unfinished cache. Readers refuse it; those that had it open read right rows, or an error from what is bad.
-4. Documents that are not of the plan are taken away, of teachers without a record, each behind the metadata of its codes.
+4. Documents that are not of the plan are taken away, of teachers without a record, behind the metadata of their codes.
    *Left:* what a build leaves that stopped at this teacher's document. Then bad records are taken away. *Left:* shards
    without records, as a stopped build leaves them. A bad one among them that cannot be decoded is dropped by the next
    repair; one that can, such as another shard's bytes, is held against the teacher's logits by the build, which refuses
