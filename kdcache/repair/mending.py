@@ -208,7 +208,7 @@ class Mending:
         if not self.is_dry_run and not is_bad(key, item):
             then = "Two readings differ: look at the disk, its cables and the memory of this machine."
             return Action("keep", key, f"the first reading said: {item.what}; a second one is right", then)
-        return self._drop(key, item.what)
+        return self._drop(key, _why(key, item))
 
     def _is_shard_bad(self, key: str, item: Finding) -> bool:
         store = self.standing.store
@@ -344,6 +344,13 @@ class Mending:
         if item.teacher is not None and item.key.startswith(layout.TEACHERS):
             return _build_teacher_anew(item.teacher)
         return item.remedy
+
+
+def _why(key: str, item: Finding) -> str:
+    """Say why a file is taken away: a record may go because of its shard, which is told by itself."""
+    if key == item.key or item.shard_index is None:
+        return item.what
+    return f"it vouches for {item.key}, which is {'missing' if item.kind == 'missing' else 'bad'}"
 
 
 def _build_teacher_anew(name: str) -> str:

@@ -21,7 +21,7 @@ from kdcache import Codes, repair_cache, verify_cache
 from kdcache.errors import CacheNotFoundError, StoreError
 from kdcache.repair import claim as claims
 from kdcache.repair.claim import claim_repair
-from kdcache.store import LocalObjects
+from kdcache.store import LocalObjects, open_objects
 from kdcache.store.writers import this_machine
 
 CODES = Codes(spacing="uniform")
@@ -30,7 +30,7 @@ ELSEWHERE = "0badcafe"
 HOLD = """
 import sys
 from kdcache.repair.claim import claim_repair
-from kdcache.store import LocalObjects
+from kdcache.store import LocalObjects, open_objects
 with claim_repair(LocalObjects(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()
@@ -198,3 +198,16 @@ def test_verify_says_what_a_claim_is(folder):
     path = put_claim(folder)
     (note,) = verify_cache(folder).notes
     assert (note.key, "of a repair that is at work" in note.what) == (f"repairs/{path.name}", True)
+
+
+@pytest.mark.parametrize("server", ["nanio", pytest.param("moto", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("quick_waits")
+def test_a_second_repair_in_an_object_store_is_refused_too(bucket_of, server):
+    address = bucket_of(server)
+    build_tiny(address, teachers=tiny_teachers(1), codec=CODES)
+    objects = open_objects(address)
+    objects.delete(SHARD)
+    with claim_repair(objects), pytest.raises(StoreError, match="is being repaired already"):
+        repair(address)
+    assert repair(address).is_complete
+    assert list(objects.list("repairs")) == []
