@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.codecs import codec_for
 from kdcache.documents import Lossless, PlanDocument, RateTarget, Spectral, TeacherDocument, differences
+from kdcache.errors import CodecError
 from kdcache.store import CacheStore, layout
 from kdcache.verify.findings import Finding
 from kdcache.verify.standing import Standing, finding
@@ -31,7 +32,10 @@ def contradictions(plan: PlanDocument, document: TeacherDocument) -> list[str]:
     list of str
         Empty where all is as planned.
     """
-    told = differences(_planned(plan, document), _decided(document))
+    try:
+        told = list(differences(_planned(plan, document), _decided(document)))
+    except CodecError as error:  # as of a basis without a rank, which no fit gives
+        return [f"codec cannot be of these classes ({error})"]
     return [f"{path} is {theirs!r}, by the plan it is {ours!r}" for path, ours, theirs in told]
 
 

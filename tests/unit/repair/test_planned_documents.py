@@ -90,6 +90,27 @@ def test_a_target_that_was_loosened_is_not_of_the_plan(tmp_path):
         build_tiny(folder, teachers=tiny_teachers(1), codec=RateTarget(max_kl=0.3))
 
 
+@pytest.mark.parametrize(
+    ("codec", "change"),
+    [
+        (Spectral(step=0.1), lambda told: told["codec"].pop("rank")),
+        (Spectral(step=0.1), lambda told: told["codec"].update(rank=60_000)),
+        (TopK(k=2), lambda told: told["codec"].update(k=4096)),
+        (Lossless(), lambda told: told.update(codec={"kind": "topk", "k": 4096})),
+    ],
+    ids=["a basis without a rank", "a rank above the classes", "more kept than classes", "another codec"],
+)
+def test_a_codec_that_cannot_be_is_a_finding_and_is_mended(tmp_path, codec, change):
+    folder = tmp_path / "cache"
+    build_tiny(folder, teachers=tiny_teachers(1), codec=codec)
+    whole = files_of(folder)
+    stop_before_the_first_shard(folder, "a")
+    alter(folder, change)
+    assert DOCUMENT in {finding.key for finding in verify_cache(folder).findings}
+    assert repair_cache(folder, tiny_transfer_set(), tiny_teachers(1)).is_complete
+    assert files_of(folder) == whole
+
+
 def test_a_repair_takes_the_document_away_and_the_build_goes_on(folder, built):
     alter_spacing(folder)
     assert repair_cache(folder).command == "kdcache build JOB"
