@@ -19,8 +19,10 @@ from kdcache.build.teachers import Autocast
 from kdcache.build.work import StoredTeacher
 from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.documents import ExecutorSpec, InProcess, PlannedCodec, Record, TeacherDocument
+from kdcache.errors import CorruptCacheError
 from kdcache.store import ExampleTable
 from kdcache.transfer_set import TransferSet
+from kdcache.verify.planned import contradictions, is_begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,10 @@ def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgr
     total = draft.plan.cache.num_rows * draft.plan.cache.num_views * len(draft.work.teachers)
     pilots = {}
     for stored in draft.work.teachers:
-        if draft.store.teacher(stored.name) is None:
+        standing = draft.store.teacher(stored.name)
+        if standing is not None:
+            _refuse_unplanned(draft, standing)
+        else:
             report(BuildProgress("pilot", stored.name, 0, total))
             pilots[stored.name] = executor.pilot(draft.work, stored.name)
     store, plan = draft.store, draft.plan
@@ -231,6 +236,17 @@ def _publish_plan(draft: Draft, executor: Executor, report: Callable[[BuildProgr
         _publish_teacher(draft, stored, pilots.get(stored.name))
     stated = [pilot.forecast.memory for pilot in pilots.values() if pilot.forecast.memory is not None]
     return max(stated, key=lambda memory: memory.task_bytes, default=None)
+
+
+def _refuse_unplanned(draft: Draft, document: TeacherDocument) -> None:
+    """Refuse a document that was altered before its first shard was built; from then on records name it."""
+    told = contradictions(draft.plan, document)
+    if told and not is_begun(draft.store, document.name):
+        address = draft.store.address
+        raise CorruptCacheError(
+            f"cache {address}: the document of teacher {document.name!r} is not of the plan: {'; '.join(told)}. "
+            f"Nothing was changed. Run `kdcache repair {address}`, which takes it away, and then the same command again"
+        )
 
 
 def example_table(transfer_set: TransferSet) -> ExampleTable:

@@ -10,9 +10,11 @@ goes on.
    transfer set gives the very bytes. *Left:* some are written.
 3. complete.json is taken away, where it vouches for anything that is dropped, missing or written with other bytes.
    *Left:* an unfinished cache. Readers refuse it; those that had it open read right rows, or an error from what is bad.
-4. Bad records are taken away. *Left:* shards without records, as a stopped build leaves them. A bad one among them that
-   cannot be decoded is dropped by the next repair; one that can, such as another shard's bytes, is held against the
-   teacher's logits by the build, which refuses or certifies it anew.
+4. Documents that are not of the plan are taken away, of teachers without a record, behind the metadata of their codes.
+   *Left:* what a build leaves that stopped at this teacher's document. Then bad records are taken away. *Left:* shards
+   without records, as a stopped build leaves them. A bad one among them that cannot be decoded is dropped by the next
+   repair; one that can, such as another shard's bytes, is held against the teacher's logits by the build, which refuses
+   or certifies it anew.
 5. Bad shards are taken away. *Left:* an unfinished cache of sound shards. `kdcache build JOB` goes on, too.
 6. An example table of other bytes, as another release of Arrow writes it, is written. *Left:* as after step 5.
 7. What is missing is built, by the ordinary way of a build. *Left:* what a stopped build leaves.
@@ -20,8 +22,8 @@ goes on.
 
 Beside a running build this is harmless: a builder never replaces what stands, so that nothing sound can come under a
 key while something bad stands there, and no two things can be taken for each other. Every file is read again just
-before it is taken away, and stays if it is right then. Two repairs at once can take away a shard that was built
-in between them: its record then vouches for nothing, which the next repair finds. Work is lost, and no row is wrong.
+before it is taken away, and stays if it is right then. No other repair is at work from the verification to step 6, and
+at step 8: `kdcache.repair.claim`. Step 7 is a build, beside which another repair is as harmless as beside any.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from kdcache.build.finalise import finalise
 from kdcache.documents import PlanDocument
 from kdcache.errors import KdcacheError, StoreError
 from kdcache.repair.actions import Action
+from kdcache.repair.claim import RepairClaim
 from kdcache.repair.origin import Origin
 from kdcache.repair.planning import RepairPlan
 from kdcache.repair.sources import finished_plan_by_root
@@ -47,6 +50,7 @@ from kdcache.store.files import ATTRIBUTE, CacheFiles
 from kdcache.store.nodes import consolidated_root, expected_nodes, gathered_metadata, index_keys
 from kdcache.store.teachers import describe_parameters
 from kdcache.verify import Finding
+from kdcache.verify.planned import unplanned_teachers
 from kdcache.verify.shards import digest_of
 from kdcache.verify.standing import Standing
 
@@ -63,14 +67,19 @@ class Mending:
         As it was when the findings were made.
     plan : RepairPlan
     origin : Origin
-    is_dry_run : bool
-        Give the actions and change nothing.
+    claim : RepairClaim or None
+        Looked at before each change. None for a dry run: give the actions and change nothing.
     """
 
     standing: Standing
     plan: RepairPlan
     origin: Origin
-    is_dry_run: bool
+    claim: RepairClaim | None
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is changed."""
+        return self.claim is None
 
     def steps(self) -> Iterator[Action]:
         """Do steps 1 to 6, and give what was done, in order."""
@@ -84,6 +93,8 @@ class Mending:
             yield from self._write_examples(table)
         if self._drops_completion(table):
             yield self._drop(layout.COMPLETE, "it vouches for what is dropped, missing or written with other bytes")
+        for name, item in self.plan.drop_documents.items():
+            yield from self._drop_document(name, item)
         for key, item in self.plan.drop_records.items():
             if self.standing.store.objects.size(key) is not None:
                 yield self._drop_if(key, item, self._is_record_bad)
@@ -119,7 +130,8 @@ class Mending:
         for index in dict.fromkeys((max(plans, default=-1), -1 if named is None else named)):
             plan = plans.get(index)
             if plan is not None and self._is_done(plan):
-                if not self.is_dry_run:
+                if self.claim is not None:
+                    self.claim.check()
                     finalise(store, index, plan, is_repair=True)
                 return True
         return False
@@ -188,16 +200,26 @@ class Mending:
         return (table is not None and self._is_other_table(table)) or self.plan.drops_from(self.standing.completed)
 
     def _drop(self, key: str, why: str) -> Action:
-        if not self.is_dry_run:
+        if self.claim is not None:
+            self.claim.check()
             self.standing.store.objects.delete(key)
         return Action("drop", key, why)
+
+    def _drop_document(self, name: str, item: Finding) -> Iterator[Action]:
+        """Take away a teacher's document that is not of the plan, behind the metadata that follow from it."""
+        store, group = self.standing.store, layout.teacher_group(name)
+        metadata = layout.metadata_key(f"{group}/{layout.CODES}")
+        is_bad = self.is_dry_run or name in unplanned_teachers(Standing.read(store))
+        if is_bad and store.objects.size(metadata) is not None:
+            yield self._drop(metadata, "it follows from the document that is taken away")
+        yield self._drop_if(item.key, item, lambda *_: is_bad)
 
     def _drop_if(self, key: str, item: Finding, is_bad: Callable[[str, Finding], bool]) -> Action:
         """Take a file away if a second reading finds it bad again."""
         if not self.is_dry_run and not is_bad(key, item):
             then = "Two readings differ: look at the disk, its cables and the memory of this machine."
             return Action("keep", key, f"the first reading said: {item.what}; a second one is right", then)
-        return self._drop(key, item.what)
+        return self._drop(key, _why(key, item))
 
     def _is_shard_bad(self, key: str, item: Finding) -> bool:
         store = self.standing.store
@@ -266,7 +288,8 @@ class Mending:
         return Action("write", key, item.what if item else "it holds a copy of what was written anew")
 
     def _replace(self, key: str, data: bytes) -> None:
-        if not self.is_dry_run:
+        if self.claim is not None:
+            self.claim.check()
             self.standing.store.objects.replace(key, data)
 
     def _write_index(self) -> Action:
@@ -274,7 +297,8 @@ class Mending:
         why = next(item.what for key, item in self.plan.write.items() if key.startswith(layout.INDEX))
         if self.plan.examples is not None and not self.origin.has_transfer_set:
             return Action("build", layout.INDEX, why, "it is made anew once the example table is right")
-        if not self.is_dry_run:
+        if self.claim is not None:
+            self.claim.check()
             table = store.examples()
             for key in index_keys(self.standing.cache):
                 if not key.endswith(f"/{layout.METADATA}"):
@@ -329,6 +353,13 @@ class Mending:
         if item.teacher is not None and item.key.startswith(layout.TEACHERS):
             return _build_teacher_anew(item.teacher)
         return item.remedy
+
+
+def _why(key: str, item: Finding) -> str:
+    """Say why a file is taken away: a record may go because of its shard, which is told by itself."""
+    if key == item.key or item.shard_index is None:
+        return item.what
+    return f"it vouches for {item.key}, which is {'missing' if item.kind == 'missing' else 'bad'}"
 
 
 def _build_teacher_anew(name: str) -> str:

@@ -30,6 +30,7 @@ from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
 from kdcache.repair.sources import plan_from_documents, teacher_from_root
 from kdcache.store import layout
 from kdcache.verify import Finding
+from kdcache.verify.planned import unplanned_teachers
 from kdcache.verify.standing import Standing
 
 
@@ -41,6 +42,8 @@ class RepairPlan:
     ----------
     drop_records, drop_shards : mapping of key to Finding
         What is bad.
+    drop_documents : mapping of str to Finding
+        By name, teachers none of whose shards is built, whose documents are not of the plan.
     write : mapping of key to Finding
         Files that follow from what else stands: root, metadata, index, plans, teachers' documents, records.
     plans, teachers, records : mapping
@@ -59,6 +62,7 @@ class RepairPlan:
 
     drop_records: dict[str, Finding] = field(default_factory=dict)
     drop_shards: dict[str, Finding] = field(default_factory=dict)
+    drop_documents: dict[str, Finding] = field(default_factory=dict)
     write: dict[str, Finding] = field(default_factory=dict)
     plans: dict[int, PlanDocument] = field(default_factory=dict)
     teachers: dict[str, TeacherDocument] = field(default_factory=dict)
@@ -155,6 +159,8 @@ def _of_teacher(plan: RepairPlan, standing: Standing, item: Finding) -> None:
             plan.cannot.append(item)
         else:
             plan.teachers[name], plan.write[item.key] = found, item
+    elif item.key == document_key and name in unplanned_teachers(standing):
+        plan.drop_documents[name] = item
     elif item.key.endswith(f"/{layout.METADATA}"):
         plan.write[item.key] = item
     else:

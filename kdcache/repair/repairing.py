@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["repair_cache"]
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from kdcache.documents import ExecutorSpec
 from kdcache.errors import OptionError
 from kdcache.jobs import LoadedJob
 from kdcache.repair.actions import Action, RepairReport
+from kdcache.repair.claim import RepairClaim, claim_repair
 from kdcache.repair.mending import Mending
 from kdcache.repair.origin import Origin
 from kdcache.repair.planning import plan_repair
@@ -47,7 +49,7 @@ def repair_cache(
     with them it is built by the ordinary way. After that the data are those of an undisturbed build wherever the
     teachers' arithmetic repeats; where it does not, records, certificates and complete.json are those of the new
     shards. At no moment does the cache read wrong: see `kdcache.repair.mending` for each step and what a stop leaves.
-    Running it again does nothing more.
+    Running it again does nothing more. One repair is at work at a time: see `kdcache.repair.claim`.
 
     Parameters
     ----------
@@ -82,6 +84,9 @@ def repair_cache(
         A job is given together with what it says, or teachers without a transfer set.
     PlanMismatchError
         Transfer set or teachers are not the cache's.
+    StoreError
+        Another repair of this cache is at work, and nothing was changed; or the store does not answer, or cannot be
+        written to.
     KdcacheError
         Building failed as a build can fail: what is repaired stays, and the same call goes on.
 
@@ -99,16 +104,27 @@ def repair_cache(
     True
     """
     origin, place = _origin(address, transfer_set, teachers, job, executor, options)
-    found = verify_cache(place, on_progress=on_verified)
-    standing = Standing.read(CacheStore.at(place))
+    store = CacheStore.at(place)
+    Standing.read(store)  # where no cache stands, no claim is written either
+    with contextlib.nullcontext() if dry_run else claim_repair(store.objects) as claim:
+        found = verify_cache(place, on_progress=on_verified)
+        mending = _mending(store, found, origin, claim)
+        actions = list(mending.steps())
+        is_blocked = any(action.verb == "cannot" or (action.verb == "build" and action.then) for action in actions)
+        is_to_finish = not is_blocked and _is_to_finish(mending)  # complete.json must not vouch for what is damaged
+        is_finished = is_to_finish and mending.finish()
+    if is_finished:
+        actions.append(Action("write", layout.COMPLETE, "it follows from the records"))
+    elif is_to_finish:
+        actions += _built(mending, on_progress)
+    return _report(mending, found, actions)
+
+
+def _mending(store: CacheStore, found: VerifyReport, origin: Origin, claim: RepairClaim | None) -> Mending:
+    standing = Standing.read(store)
     needs_plan = origin.has_teachers and any(item.key.startswith(f"{layout.PLANS}/") for item in found.findings)
     plan = plan_repair(standing, found.findings, proposed=origin.proposed_plan() if needs_plan else None)
-    mending = Mending(standing, plan, origin, is_dry_run=dry_run)
-    actions = list(mending.steps())
-    is_blocked = any(action.verb == "cannot" or (action.verb == "build" and action.then) for action in actions)
-    if not is_blocked and _is_to_finish(mending):  # complete.json must not vouch for what is still damaged
-        actions += _finished(mending, on_progress)
-    return _report(mending, found, actions)
+    return Mending(standing, plan, origin, claim)
 
 
 def _is_to_finish(mending: Mending) -> bool:
@@ -127,9 +143,7 @@ def _has_other_index(mending: Mending) -> bool:
     return complete is not None and was_made and mending.standing.store.index_digest() != complete.index_digest
 
 
-def _finished(mending: Mending, on_progress: Callable[[BuildProgress], None] | None) -> list[Action]:
-    if mending.finish():
-        return [Action("write", layout.COMPLETE, "it follows from the records")]
+def _built(mending: Mending, on_progress: Callable[[BuildProgress], None] | None) -> list[Action]:
     if not mending.origin.has_teachers or mending.is_dry_run:
         return []
     count = mending.missing_shards()

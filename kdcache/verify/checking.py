@@ -13,6 +13,7 @@ from kdcache.verify.decoding import check_examples
 from kdcache.verify.documents import check_completion, check_documents, check_whole
 from kdcache.verify.extras import check_extras
 from kdcache.verify.findings import Finding, Level, Note, VerifyReport
+from kdcache.verify.planned import check_planned
 from kdcache.verify.resuming import Progress, open_progress
 from kdcache.verify.shards import ShardChecks
 from kdcache.verify.standing import Records, Standing
@@ -79,7 +80,7 @@ def verify_cache(
 def _verified(
     standing: Standing, level: Level, progress: Progress, on_progress: Callable[[int, int], None] | None
 ) -> VerifyReport:
-    findings = [*standing.findings, *check_documents(standing), *check_whole(standing, level)]
+    findings = [*standing.findings, *check_documents(standing), *check_planned(standing), *check_whole(standing, level)]
     records: Records = {name: {} for name in standing.names}
     num_shards, num_bytes, num_skipped = 0, 0, 0
     checks = ShardChecks(standing, level, progress)

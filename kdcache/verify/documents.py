@@ -223,7 +223,7 @@ def _digest(store: CacheStore, key: str, measure: Callable[[], str], expected: s
         yield finding(store, key, f"cannot be read: {plain_text(error)}", kind)
         return
     if found != expected:
-        what = f"has digest {found}, complete.json says {expected}"
+        what = f"its bytes were changed: it has digest {found}, complete.json says {expected}"
         yield finding(store, key, what, "altered", expected=expected, found=found)
 
 
@@ -237,7 +237,7 @@ def _index(standing: Standing, expected: str) -> Iterator[Finding]:
     for key in extra:
         yield finding(store, key, "is no file of an index, and spoils the digest over its folder", "extra")
     if not extra or store.index_digest(index_keys(standing.cache)) != expected:
-        what = f"has digest {found}, complete.json says {expected}"
+        what = f"its bytes were changed: it has digest {found}, complete.json says {expected}"
         yield finding(store, layout.INDEX, what, "altered", expected=expected, found=found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_extras"]
+__all__ = ["REPAIR_CLAIMS", "check_extras"]
 
 import re
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from kdcache.store.nodes import index_keys
 from kdcache.verify.findings import Finding, Note
 from kdcache.verify.standing import Standing, finding, shard_place
 
+REPAIR_CLAIMS = "repairs"
+"""Folder in which a repair at work says so."""
 _SHARD = re.compile(rf"{layout.TEACHERS}/(?P<name>[^/]+)/{layout.CODES}/c/(?P<shard>[0-9]+)/0")
 _RECORD = re.compile(rf"{layout.RECORDS}/(?P<name>[^/]+)/(?P<shard>[0-9]+)\.json")
 _PLAN = re.compile(rf"{layout.PLANS}/[0-9]+\.json")
@@ -59,4 +61,6 @@ def _said_of(standing: Standing, key: str) -> str:
         return f"is of a teacher {name!r} that no plan names: nothing reads it"
     if first == layout.TEACHERS and rest.startswith(f"{name}/parameters-"):
         return "is of another fit than the teacher's document names, as a second builder leaves it: nothing reads it"
+    if first == REPAIR_CLAIMS and rest:
+        return "is of a repair that is at work, or that was killed: the next repair takes it away"
     return "is no file of a cache: nothing reads it"

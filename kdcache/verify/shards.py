@@ -181,7 +181,7 @@ class ShardChecks:
             return
         digest = digest_of(self._store, key)
         if digest != record.sha256:
-            what = f"it has digest {digest}, its record says {record.sha256}"
+            what = f"its bytes were changed: it has digest {digest}, its record says {record.sha256}"
             sides = {"expected": record.sha256, "found": str(digest)}
             yield self._finding(key, name, shard_index, what, "altered", **sides)
         elif self._level == "deep" and name in self._decodings:

@@ -20,8 +20,8 @@ from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import store as store_module
 
 CODES = Codes(spacing="uniform")
-NUM_CHANGES = 20
-QUICK = (0, 1, 3, 5, 9, 13, 19)
+NUM_CHANGES = 22
+QUICK = (0, 1, 3, 5, 9, 13, 19, 21)
 ALL = [pytest.param(at, marks=[] if at in QUICK else pytest.mark.slow) for at in range(NUM_CHANGES)]
 
 

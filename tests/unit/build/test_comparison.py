@@ -61,10 +61,19 @@ def test_all_rows_give_the_very_kl_that_the_certificate_names(built):
 def test_another_teacher_under_the_name_is_a_finding_that_states_both_sides(built):
     teachers = [under_the_name_of("a", Shifted(0), 0), ModuleTeacher("b", TinyTeacher(1))]
     found = compare_with_teachers(built, tiny_transfer_set(), teachers, num_rows=10, seed=3)
-    assert {(finding.teacher, finding.kind) for finding in found.findings} == {("a", "differs_from_teacher")}
-    assert "a row of 10 drawn with seed 3 has a KL of" in found.findings[0].what
-    assert float(found.findings[0].found) > float(found.findings[0].expected)
+    (finding,) = found.findings
+    assert (finding.teacher, finding.kind) == ("a", "differs_from_teacher")
+    assert "a row of 10 drawn with seed 3 has a KL of" in finding.what
+    assert float(finding.found) == pytest.approx(max(found.teachers[0].max_kl), rel=1e-5)
+    assert float(finding.found) > float(finding.expected)
     assert found.teachers[0].largest_logit_difference == pytest.approx(1.5, abs=0.1)
+
+
+def test_one_finding_a_teacher_counts_the_temperatures_and_names_the_furthest(built):
+    teachers = [under_the_name_of("a", Shifted(0), 0), under_the_name_of("b", Shifted(1), 1)]
+    found = compare_with_teachers(built, tiny_transfer_set(), teachers, num_rows=10)
+    assert [finding.teacher for finding in found.findings] == ["a", "b"]
+    assert "at 3 of 3 temperatures; furthest at temperature 1," in found.findings[0].what
 
 
 def test_a_merged_cache_is_compared_with_its_mean(tmp_path):

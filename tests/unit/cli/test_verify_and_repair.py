@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from damage import flip
 from test_commands import JOB, SOURCES, TEACHERS, Ended, write_job
 from tiny_caches import files_of
 
 from kdcache import cli
+from kdcache.repair import claim
+from kdcache.store import LocalObjects
 
 SHARD = "teachers/b/codes/c/2/0"
 
@@ -175,6 +178,27 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(cache, command):
     assert (ended.code, "It would be taken away" in words(ended)) == (3, True)
     assert "nothing was changed" in words(ended)
     assert files_of(cache) == before
+
+
+def test_a_record_that_goes_with_its_shard_is_told_as_such(cache, command):
+    (cache / SHARD).write_bytes(b"torn")
+    said = f"commits/b/2.json: it vouches for {SHARD}, which is bad. It was taken away"
+    assert said in words(command("repair", cache, "--yes"))
+
+
+def test_a_shard_of_changed_bytes_is_said_to_be_so(cache, command):
+    flip(cache / SHARD)
+    said = words(command("repair", cache, "--yes"))
+    assert f"{SHARD}: its bytes were changed: it has digest" in said
+    assert "1 shard(s) are to be built. Run `kdcache build JOB`" in said
+
+
+def test_a_second_repair_says_that_one_is_at_work(cache, command, monkeypatch):
+    monkeypatch.setattr(claim, "_WAIT_SECONDS", 0.001)
+    (cache / SHARD).write_bytes(b"torn")
+    with claim.claim_repair(LocalObjects(cache)):
+        ended = command("repair", cache, "--yes")
+    assert (ended.code, "is being repaired already" in ended.err) == (2, True)
 
 
 def test_a_dry_run_of_what_needs_no_teacher_ends_as_the_repair_would(cache, command):

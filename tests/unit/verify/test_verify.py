@@ -147,7 +147,9 @@ def test_a_missing_shard_is_named(folder):
 def test_an_altered_shard_is_named_with_both_digests(folder):
     path = folder / "teachers/b/codes/c/1/0"
     path.write_bytes(path.read_bytes()[::-1])
-    assert [item.split(" it has digest")[0] for item in findings(folder)] == ["teacher 'b', shard 1:"]
+    assert [item.split(" it has digest")[0] for item in findings(folder)] == [
+        "teacher 'b', shard 1: its bytes were changed:"
+    ]
 
 
 def test_a_missing_record_of_a_finished_cache_is_found(folder):
