@@ -91,8 +91,8 @@ class ResidentCodes:
         # themselves when nobody holds it any more.
 
     def _wait_for(self, chunks: Sequence[int]) -> None:
-        futures = [found for together in self._parted(chunks) for found in self._submitted(together).items()]
-        for _, future in futures:
+        futures = [future for together in self._parted(chunks) for future in self._submitted(together).values()]
+        for future in futures:
             try:
                 future.result()
             except Exception:

@@ -88,7 +88,7 @@ class _Reading:
         self._windows: deque[_Window] = deque()
         self._has_given = False  # a window behind the first would keep the first batch waiting
         first = wanted.first_from(0)
-        if first is not None:  # decoded while the first batch's inputs are read and held against the cache
+        if first is not None:  # not only when its first batch is asked for
             self._window_at(first)
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002 - they follow from positions

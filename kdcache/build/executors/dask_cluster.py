@@ -91,8 +91,7 @@ class DaskExecutor:
 
         def send(_: int) -> Future[Any]:
             nonlocal sent
-            if sent.status not in _USABLE:
-                sent = self._sent(work)
+            sent = self._usable(sent, work)
             return self._submit(_run_pilot, sent, name, with_curve)
 
         outcomes = self._flight.outcomes(range(MAX_LOST_PILOTS), send, lambda _: 1)
@@ -123,8 +122,7 @@ class DaskExecutor:
 
         def send(name: str, shards: tuple[int, ...]) -> Future[Any]:
             nonlocal sent
-            if sent.status not in _USABLE:  # Dask blames workers' deaths on it too, and gives it up
-                sent = self._sent(work)
+            sent = self._usable(sent, work)
             return self._submit(_run_span, sent, name, list(shards))
 
         Rounds(work, remaining, self._flight, send, on_record).run()
@@ -137,6 +135,10 @@ class DaskExecutor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sending large graph")
             return self._client.submit(_parcel, _Parcel.of(work), pure=False)
+
+    def _usable(self, sent: Future[Any], work: Work) -> Future[Any]:
+        """Hand the work over again if Dask gave it up: it blames workers' deaths on it, too."""
+        return sent if sent.status in _USABLE else self._sent(work)
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self._client.submit(function, *arguments, pure=False, resources=self._resources)

@@ -173,3 +173,18 @@ def test_rows_that_could_not_be_read_are_tried_again(written):
     path.write_bytes(data)
     resident.fill(np.array([130]))
     np.testing.assert_array_equal(resident.codes[130], written.codes[130])
+
+
+def test_an_error_of_chunks_that_were_read_together_is_told_once(written, monkeypatch):
+    monkeypatch.setattr(type(written.reader()), "is_far", True)
+    path = written.store.objects._path(SHARD)
+    data = path.read_bytes()
+    path.unlink()
+    resident = written.resident()
+    monkeypatch.setattr(resident, "_fill_behind", lambda: None)
+    rows = np.arange(128, 256)
+    with pytest.raises(CorruptCacheError, match="the shard is missing"):
+        resident.fill(rows)
+    path.write_bytes(data)
+    resident.fill(rows)
+    np.testing.assert_array_equal(resident.codes[rows], written.codes[rows])
