@@ -250,8 +250,11 @@ class Mending:
             return True
         if item.kind == "extra" or record is None:
             return True
-        is_whole = self.standing.store.objects.read(key) == record.to_json()
-        return not is_whole or record.num_rows != self.standing.cache.rows_in_shard(record.shard_index)
+        if self.standing.store.objects.read(key) != record.to_json():
+            return True
+        document = self.standing.teachers.get(record.teacher)
+        is_recorded = document is None or record.document_digest in {None, document.digest()}
+        return not is_recorded or record.num_rows != self.standing.cache.rows_in_shard(record.shard_index)
 
     def _write_derived(self, *, has_table: bool) -> Iterator[Action]:
         store, plan = self.standing.store, self.plan

@@ -153,9 +153,9 @@ def _of_plan(plan: RepairPlan, standing: Standing, item: Finding, proposed: Plan
 def _of_teacher(plan: RepairPlan, standing: Standing, item: Finding) -> None:
     name = str(item.teacher)
     document_key = layout.metadata_key(layout.teacher_group(name))
-    if item.key == document_key and name not in standing.teachers:
+    if item.key == document_key and (name not in standing.teachers or item.expected is not None):
         found = teacher_from_root(standing, name)
-        if found is None:
+        if found is None or item.expected not in {None, found.digest()}:
             plan.cannot.append(item)
         else:
             plan.teachers[name], plan.write[item.key] = found, item

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["THREADS", "at_once"]
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,14 +22,14 @@ def at_once(
     *,
     bytes_of: Callable[[Item], int] = lambda _: 0,
     max_bytes: int = 0,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield what `work` gives for each item, in their order, while it is at the next ones in threads.
 
     Parameters
     ----------
     items : sequence
     work : callable (item) -> result
-        Its error is raised where the item's turn comes; what has begun by then is waited for, the rest left.
+        Its error is raised where the item's turn comes; the rest is left, and nobody waits for what has begun.
     bytes_of : callable (item) -> int, optional
         What an item's result takes.
     max_bytes : int
@@ -53,4 +53,4 @@ def at_once(
         while waiting:
             yield waiting.popleft()[0].result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # who interrupts would wait for requests that nobody wants

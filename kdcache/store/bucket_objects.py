@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["BucketObjects"]
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -239,6 +240,8 @@ class BucketObjects:
         cut = [(start, max(0, min(length, size - start))) for start, length in ranges]
         found = iter(self.client.read_ranges(key, [r for r in cut if r[1]], max_gap_bytes=_MAX_GAP_BYTES))
         parts = [np.frombuffer(next(found), np.uint8) if length else np.empty(0, np.uint8) for _, length in cut]
+        if any(before + length != start for (before, length), (start, _) in itertools.pairwise(cut)):
+            parts = [part.copy() for part in parts]  # a part of a joined range would keep the whole of it
         if any(len(part) < length for part, (_, length) in zip(parts, cut, strict=True)):
             raise RefusedRangeError(f"{self.address}/{key} is shorter than it was when its size was asked")
         return parts

@@ -183,6 +183,10 @@ def has_fill(codes: npt.NDArray[Any], fill: float) -> bool:
     if codes.dtype.kind == "f":  # by bits, several times quicker than by numbers: NaN stands above infinity
         infinity = int(np.array(np.inf, codes.dtype).view(f"u{codes.itemsize}"))
         sign = 1 << (8 * codes.itemsize - 1)
-        highest = int(codes.view(f"<i{codes.itemsize}").max())
-        return highest > infinity or int(codes.view(f"<u{codes.itemsize}").max()) > sign + infinity
-    return int(codes.max()) >= int(fill)  # the fill code is the largest integer of its type
+        highest = int(_highest(codes, f"<i{codes.itemsize}"))
+        return highest > infinity or int(_highest(codes, f"<u{codes.itemsize}")) > sign + infinity
+    return int(_highest(codes, codes.dtype)) >= int(fill)  # the fill code is the largest integer of its type
+
+
+def _highest(codes: npt.NDArray[Any], dtype: str | np.dtype[Any]) -> Any:
+    return np.maximum.reduce(codes.view(dtype), axis=None)

@@ -26,6 +26,8 @@ from kdcache.store.writers import is_alive, this_machine
 PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>[1-9][0-9]*)-[0-9a-f]{16}\.partial")
 _STALE_SECONDS = 24 * 3600
+_RUN_BYTES = 2**18
+"""Ranges behind one another that are read at once: what a core's own cache holds."""
 """A write takes seconds; what is a day old was left behind, on whatever machine."""
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _RENAME_NOREPLACE = 1
@@ -121,11 +123,13 @@ class LocalObjects:
         try:
             # No more memory than the file can fill, whatever a damaged index asks for.
             file_bytes = os.fstat(descriptor).st_size
-            lengths = [max(0, min(length, file_bytes - start)) for start, length in ranges]
-            for (start, _), length in zip(ranges, lengths, strict=True):
+            for first, lengths in _runs(ranges, file_bytes):
                 with _reading(path):
-                    read = _read_fully(descriptor, start, room("stored", length))
-                yield read
+                    read = _read_fully(descriptor, first, room("stored", sum(lengths)))
+                end = 0
+                for length in lengths:
+                    yield read[end : end + length]
+                    end += length
         finally:
             os.close(descriptor)
 
@@ -261,6 +265,22 @@ def _is_stale(path: pathlib.Path) -> bool:
         return time.time() - path.lstat().st_mtime > _STALE_SECONDS
     except FileNotFoundError:  # its writer has finished
         return False
+
+
+def _runs(ranges: Sequence[tuple[int, int]], file_bytes: int) -> Iterator[tuple[int, list[int]]]:
+    """Part ranges into those that are read at once, since one begins where the other ends: the start, and lengths."""
+    first, end, lengths = 0, 0, list[int]()
+    for start, wanted in ranges:
+        length = max(0, min(wanted, file_bytes - start))
+        if lengths and (start != end or end + length - first > _RUN_BYTES):
+            yield first, lengths
+            lengths = []
+        if not lengths:
+            first = start
+        lengths.append(length)
+        end = start + length
+    if lengths:
+        yield first, lengths
 
 
 def _read_fully(descriptor: int, start: int, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -32,7 +32,8 @@ class Objects(Protocol):
     def request_bytes(self) -> int:
         """Bytes that take about as long as a request takes by itself; 0 where there are no requests to spare.
 
-        Where it is above 0, requests that do not depend on each other are best made at once.
+        Where it is above 0, requests that do not depend on each other are best made at once, and ranges of an object
+        that lie no further apart are read as one.
         """
 
     def publish(self, key: str, data: bytes) -> bool:

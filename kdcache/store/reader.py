@@ -17,6 +17,7 @@ __all__ = [
     "distinct",
 ]
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from kdcache.store.checksums import CHECKSUM_BYTES
 from kdcache.store.objects import Objects
 from kdcache.store.place import Place
 from kdcache.store.recent import Recent
-from kdcache.store.room import room
+from kdcache.store.runs import Run
 from kdcache.store.shards import ShardSpec, decode_chunk, decode_shard, parse_index, shorter_than_index
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
@@ -88,7 +89,6 @@ class ShardedReader:
         self._expected_of = expected_of
         self._indexes: Recent[int, _Index] = Recent(max(cache_bytes, spec.index_bytes))
         self._chunks: Recent[int, npt.NDArray[Any]] = Recent(cache_bytes)
-        self._every_row = np.arange(spec.chunk_rows)
 
     @property
     def is_far(self) -> bool:
@@ -196,19 +196,18 @@ class ShardedReader:
         CorruptCacheError
             A shard is missing, torn or altered.
         """
-        decoded = room("decoded", self.spec.chunk_bytes).view(self.spec.little)
-        decoded = decoded.reshape(self.spec.chunk_rows, self.spec.num_columns)
+        run = Run.over(rows, self.spec)
         whole_rows = out.view(f"V{self.spec.row_bytes}")[:, 0]  # rows as single values move twice as quickly
-        positions = by_chunk(rows // self.spec.chunk_rows)
-        for shard_index, place, stored_chunks in self._shards(_by_shard(list(positions), self.spec.num_chunks)):
+        at_hand, done = 0, 0
+        for shard_index, place, stored_chunks in self._shards(_by_shard(run.chunks, self.spec.num_chunks)):
             for stored in stored_chunks:
-                wanted = positions[shard_index * self.spec.num_chunks + stored.chunk_in_shard]
-                chunk = self._decode(stored, shard_index, place, out=decoded)
-                within_chunk = rows[wanted] % self.spec.chunk_rows
-                if not np.array_equal(within_chunk, self._every_row):  # rows may be missing, or stand twice
-                    chunk = chunk[within_chunk]
-                check(chunk, rows[wanted])
-                whole_rows[places[wanted]] = chunk.view(whole_rows.dtype)[:, 0]
+                self._decode(stored, shard_index, place, out=run.decoded_chunk(at_hand))
+                at_hand += 1
+                if at_hand == run.num_chunks or done + at_hand == len(run.chunks):
+                    part, decoded = run.rows_of(done, at_hand)
+                    check(decoded, rows[part])
+                    whole_rows[places[part]] = decoded.view(whole_rows.dtype)[:, 0]
+                    at_hand, done = 0, done + at_hand
 
     def read_shard(self, shard_index: int, *, num_rows: int | None = None) -> npt.NDArray[Any]:
         """Read a whole shard, or its first `num_rows` rows, in one go and past the memory of chunks."""
@@ -254,12 +253,17 @@ class ShardedReader:
                 place = self._place_of(shard_index)
                 yield shard_index, place, self._stored_chunks(place, within, self._opened(shard_index, place))
             return
-        fetched = at_once(
-            wanted, self._fetched, bytes_of=lambda item: len(item[1]) * self.spec.chunk_bytes, max_bytes=_AHEAD_BYTES
-        )
-        for (shard_index, within), stored in zip(wanted, fetched, strict=True):
-            place = self._place_of(shard_index)
-            yield shard_index, place, stored or self._stored_chunks(place, within, self._opened(shard_index, place))
+        spans = {shard_index: self._spanned_bytes(within) for shard_index, within in wanted}
+        fetched = at_once(wanted, self._fetched, bytes_of=lambda item: spans[item[0]], max_bytes=_AHEAD_BYTES)
+        with contextlib.closing(fetched):
+            for (shard_index, within), stored in zip(wanted, fetched, strict=True):
+                place = self._place_of(shard_index)
+                yield shard_index, place, stored or self._stored_chunks(place, within, self._opened(shard_index, place))
+
+    def _spanned_bytes(self, within: Sequence[int]) -> int:
+        """Bound what is read for some chunks of a shard, by their ascending numbers, with what lies between them."""
+        gaps = (np.diff(within) - 1) * self.spec.chunk_bytes
+        return len(within) * self.spec.chunk_bytes + int(np.minimum(gaps, self._objects.request_bytes).sum())
 
     def _fetched(self, wanted: tuple[int, list[int]]) -> list[_Stored] | None:
         """Fetch chunks of a shard; None, with its index at hand, where they are more than may wait for their turn."""
@@ -267,7 +271,8 @@ class ShardedReader:
         place = self._place_of(shard_index)
         opened = self._opened(shard_index, place)
         num_bytes = int(opened[0].ranges[within, 1].sum())
-        if num_bytes > min(_AHEAD_BYTES, len(within) * (self.spec.chunk_bytes + _OVERHEAD_BYTES)):
+        is_sound = num_bytes <= len(within) * (self.spec.chunk_bytes + _OVERHEAD_BYTES)
+        if not is_sound or self._spanned_bytes(within) > _AHEAD_BYTES:
             return None
         return list(self._stored_chunks(place, within, opened))
 

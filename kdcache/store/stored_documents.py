@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["StoredDocuments"]
 
+from typing import Self
+
 from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, differences
 from kdcache.errors import CacheNotFoundError, PlanMismatchError
 from kdcache.store import arrays, layout
@@ -24,6 +26,13 @@ class StoredDocuments:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._files = CacheFiles(objects)
+        self._told: CacheDocument | None = None
+
+    def told(self, cache_document: CacheDocument) -> Self:
+        """Give the store of a cache whose root cannot be read, and whose document is known from elsewhere."""
+        store = type(self)(self._objects)
+        store._told = cache_document  # noqa: SLF001 - its own kind
+        return store
 
     @property
     def address(self) -> str:
@@ -88,7 +97,7 @@ class StoredDocuments:
         DocumentError
             The root group or the document in it breaks its schema.
         """
-        document = self._files.read_group_document(CacheDocument, "")
+        document = self._told or self._files.read_group_document(CacheDocument, "")
         if document is None:
             raise CacheNotFoundError(
                 f"{self.address} holds no cache: {layout.ROOT} is not there. Check the address, or build a cache there "

@@ -16,7 +16,7 @@ Step = TypeVar("Step")
 Made = TypeVar("Made")
 
 _MOST_AT_ONCE = 8
-_SECONDS_AT_ONCE = 0.002
+_SECONDS_AT_ONCE = 0.005
 """Handing over between threads takes about 0.05 ms, several times that on a busy machine: as long as making a batch of
 rows in memory. So what is made that quickly, and is therefore small, is handed over some at a time."""
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 __all__ = ["WindowedRows"]
 
+import functools
 import itertools
 import sys
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +29,9 @@ from kdcache.stream.batches import Wanted
 from kdcache.stream.epochs import Epochs, Windows
 from kdcache.stream.order import Order, WindowedOrder
 
-_PIECES_A_WINDOW = 8
-"""Pieces that are handed to the threads: to hand over a block by itself would cost a tenth of decoding it."""
+_PIECE_BYTES = 2**21
+"""What is decoded at a time: small beside a step, and enough that batches are made some at a time in between. Each of
+the two finds the processor's caches filled by the other, which costs a quarter where a piece is a batch."""
 _HELD_WINDOWS = 3
 
 
@@ -84,7 +86,9 @@ class _Reading:
         self._order = order
         self._wanted = wanted
         self._room = room
-        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows")
+        is_far = any(reader.is_far for reader in room.readers)
+        # Near, who makes the batches also decodes: threads that want the interpreter at once cost a third more.
+        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows") if is_far else None
         self._windows: deque[_Window] = deque()
         self._has_given = False  # a window behind the first would keep the first batch waiting
         first = wanted.first_from(0)
@@ -103,18 +107,21 @@ class _Reading:
         parts = []
         while True:
             window = self._window_at(first)
-            end = int(np.searchsorted(positions, window.end))
-            parts.append(window.rows(first, int(positions[end - 1])))
             if last < window.end:
+                parts.append(window.rows(first, last))
                 break
+            end = int(positions.searchsorted(window.end))
+            parts.append(window.rows(first, int(positions[end - 1])))
             first = int(positions[end])
         self._has_given = True
+        self._decode_along(last)
         codes = parts[0] if len(parts) == 1 else [_joined(same) for same in zip(*parts, strict=True)]
         return self._source.cache.wrap(codes, teachers=self._source.teachers)
 
     def close(self) -> None:
         """End the threads; what they are at is finished, the rest left."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
         if not self._source._idle:  # noqa: SLF001 - its own kind
             self._source._idle.append(self._room)  # noqa: SLF001 - its own kind
 
@@ -139,6 +146,12 @@ class _Reading:
             if following is not None:
                 self._windows.append(self._load(following))
 
+    def _decode_along(self, position: int) -> None:
+        """Decode as much of the window behind as was given of this one, so that no batch waits for a whole window."""
+        if self._pool is None and len(self._windows) > 1:
+            window, following = self._windows
+            following.decode(1 - (window.end - 1 - position) / (window.end - window.start))
+
     def _load(self, position: int) -> _Window:
         start, end = self._order.positions_of(int(self._order.window_of(np.array([position]))[0]))
         positions = self._wanted.within(start, end)
@@ -146,36 +159,49 @@ class _Reading:
         rows, num_rows = epochs.joined.rows_of(epochs.indices_at(self._order, positions))
         arrays = self._room.take(len(rows))
         places = np.argsort(rows, kind="stable")
-        pieces = _cut_between_blocks(rows[places], self._source.windows.block_rows)
-        loading = [
-            self._pool.submit(reader.scatter, rows[places[piece]], array, places[piece])
+        pieces = _cut_between_blocks(rows[places], self._source.windows)
+        tasks = [
+            functools.partial(reader.scatter, rows[places[piece]], array, places[piece])
             for piece in pieces
             for reader, array in zip(self._room.readers, arrays, strict=True)
         ]
-        return _Window(end, positions, np.concatenate([[0], np.cumsum(num_rows)]), arrays, loading)
+        loading: deque[Callable[[], None]] = deque(
+            tasks if self._pool is None else [self._pool.submit(task).result for task in tasks]
+        )
+        first_rows = np.concatenate([[0], np.cumsum(num_rows)])
+        return _Window(start, end, positions, first_rows, arrays, len(loading), loading)
 
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """A window's rows in the order of the epoch, one array a teacher, and what is still being decoded of them."""
+    """A window's rows in the order of the epoch, one array a teacher, and what is still to be decoded of them.
 
+    Each of what is `loading` decodes a piece, or waits for a thread that does.
+    """
+
+    start: int
     end: int
     positions: np.ndarray
     first_rows: np.ndarray
     arrays: list[np.ndarray]
-    loading: list[Future[None]]
+    num_pieces: int
+    loading: deque[Callable[[], None]]
 
     def rows(self, first_position: int, last_position: int) -> list[Tensor]:
         """Give the rows of neighbouring positions, once all of the window are decoded."""
         self.done()
-        start, end = np.searchsorted(self.positions, [first_position, last_position])
+        start, end = self.positions.searchsorted([first_position, last_position])
         return [torch.from_numpy(array[self.first_rows[start] : self.first_rows[end + 1]]) for array in self.arrays]
 
     def done(self) -> None:
-        """Wait for all rows."""
-        while self.loading:
-            self.loading[-1].result()
-            self.loading.pop()
+        """Have all rows decoded."""
+        self.decode(1)
+
+    def decode(self, share: float) -> None:
+        """Have a share of the rows decoded, where that is not done yet."""
+        while len(self.loading) > (1 - share) * self.num_pieces:
+            self.loading[0]()
+            self.loading.popleft()
 
 
 @dataclass(eq=False)
@@ -206,10 +232,10 @@ def _empty(reader: CodesReader, num_rows: int) -> np.ndarray:
     return np.empty((num_rows, reader.spec.num_columns), reader.spec.little)
 
 
-def _cut_between_blocks(rows: np.ndarray, block_rows: int) -> list[slice]:
-    """Cut ascending rows into a few pieces, none within a block, so that no chunk is decoded twice."""
-    edges = np.flatnonzero(np.diff(rows // block_rows)) + 1
-    step = max(1, (len(edges) + 1) // _PIECES_A_WINDOW)
+def _cut_between_blocks(rows: np.ndarray, windows: Windows) -> list[slice]:
+    """Cut ascending rows into pieces, none within a block, so that no chunk is decoded twice."""
+    edges = np.flatnonzero(np.diff(rows // windows.block_rows)) + 1
+    step = max(1, _PIECE_BYTES // (windows.block_rows * windows.row_bytes))
     cuts = [0, *edges[step - 1 :: step].tolist(), len(rows)]
     return [slice(start, end) for start, end in itertools.pairwise(cuts) if start < end]
 

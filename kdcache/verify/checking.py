@@ -13,7 +13,7 @@ from kdcache.verify.decoding import check_examples
 from kdcache.verify.documents import check_completion, check_documents, check_whole
 from kdcache.verify.extras import check_extras
 from kdcache.verify.findings import Finding, Level, Note, VerifyReport
-from kdcache.verify.planned import check_planned
+from kdcache.verify.planned import check_planned, check_recorded
 from kdcache.verify.resuming import Progress, open_progress
 from kdcache.verify.shards import ShardChecks
 from kdcache.verify.standing import Records, Standing
@@ -93,7 +93,7 @@ def _verified(
         num_skipped += checked.is_skipped
         if on_progress is not None:
             on_progress(done, len(checks))
-    findings += check_completion(standing, records)
+    findings += [*check_recorded(standing, records), *check_completion(standing, records)]
     if level == "deep":
         findings += check_examples(standing)
     extras = list(check_extras(standing))

@@ -1,9 +1,10 @@
-"""Teachers' documents that no record names yet, held against the plan: of what it decides, nothing may be otherwise."""
+"""Documents of teachers that complete.json does not name yet, held against their records, or else against the plan."""
 
 from __future__ import annotations
 
-__all__ = ["check_planned", "contradictions", "is_begun", "unplanned_teachers"]
+__all__ = ["check_planned", "check_recorded", "contradictions", "is_begun", "unplanned_teachers"]
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from kdcache.documents import Lossless, PlanDocument, RateTarget, Spectral, Teac
 from kdcache.errors import CodecError
 from kdcache.store import CacheStore, layout
 from kdcache.verify.findings import Finding
-from kdcache.verify.standing import Standing, finding
+from kdcache.verify.standing import Records, Standing, finding, shard_place
 
 
 def contradictions(plan: PlanDocument, document: TeacherDocument) -> list[str]:
@@ -63,6 +64,31 @@ def check_planned(standing: Standing) -> Iterator[Finding]:
         key = layout.metadata_key(layout.teacher_group(name))
         what = f"the document is not of the plan: {'; '.join(told)}"
         yield finding(standing.store, key, what, "contradicts", where=f"teacher {name!r}", teacher=name)
+
+
+def check_recorded(standing: Standing, records: Records) -> Iterator[Finding]:
+    """Hold documents against the records of the shards that were encoded under them; the odd one out is at fault."""
+    for name, document in standing.teachers.items():
+        named = Counter(record.document_digest for record in records[name].values() if record.document_digest)
+        if name in standing.completed or not named:
+            continue
+        ours, (theirs, _) = document.digest(), named.most_common(1)[0]
+        if ours not in named:
+            key = layout.metadata_key(layout.teacher_group(name))
+            what = f"the document has digest {ours}, the teacher's shards were encoded under {theirs}"
+            yield finding(
+                standing.store, key, what, "contradicts", where=f"teacher {name!r}", teacher=name, expected=theirs,
+                found=ours,
+            )  # fmt: skip
+            continue
+        for shard_index, record in records[name].items():
+            if record.document_digest not in {None, ours}:
+                what = f"its record names the document {record.document_digest}, the teacher's is {ours}"
+                yield finding(
+                    standing.store, layout.record_key(name, shard_index), what, "contradicts",
+                    where=shard_place(name, shard_index), teacher=name, shard_index=shard_index, expected=ours,
+                    found=record.document_digest,
+                )  # fmt: skip
 
 
 def _decided(document: TeacherDocument) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Standing:
         findings: list[Finding] = []
         plans = _plans(store, findings)
         cache = _cache(store, plans, findings)
+        if any(item.key == layout.ROOT for item in findings):
+            store = store.told(cache)  # what else is found is to be about the file that it is found in
         complete = _attempt(store, findings, layout.COMPLETE, layout.COMPLETE, store.complete)
         _refuse_impossible(store, cache)
         completed = tuple(teacher.name for teacher in complete.teachers) if complete else ()

@@ -12,6 +12,7 @@ from tiny_caches import Stop, TinyTeacher, build_tiny, files_of, tiny_teachers, 
 
 import kdcache
 from kdcache import Codes, open_cache, repair_cache, verify_cache
+from kdcache.documents import Record
 from kdcache.errors import (
     CacheNotFoundError,
     CorruptCacheError,
@@ -294,13 +295,49 @@ def test_the_ensemble_is_brought_back_with_the_document_of_a_teacher_that_is_in_
     assert (folder / "complete.json").read_bytes() == before
 
 
+DOCUMENT = "teachers/a/zarr.json"
+
+
+def alter(path, before='"num_pilot_rows": 40', after='"num_pilot_rows": 41'):
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
+def test_a_document_that_shards_were_not_encoded_under_comes_back_from_the_copy_in_the_root(folder):
+    sound, before = (folder / DOCUMENT).read_bytes(), (folder / "complete.json").read_bytes()
+    lose(folder / "complete.json")
+    alter(folder / DOCUMENT)
+    assert [item.key for item in kdcache.verify_cache(folder, level="quick").findings] == [DOCUMENT]
+    assert done(repair_cache(folder)) == [("write", DOCUMENT), ("write", "zarr.json"), ("write", "complete.json")]
+    assert (folder / DOCUMENT).read_bytes() == sound
+    assert (folder / "complete.json").read_bytes() == before
+
+
 def test_a_document_that_shards_were_not_encoded_under_is_not_vouched_for(folder):
     lose(folder / "complete.json")
-    path = folder / "teachers/a/zarr.json"
-    path.write_text(path.read_text().replace('"num_pilot_rows": 40', '"num_pilot_rows": 41'))
-    with pytest.raises(CorruptCacheError, match=r"not the one that its shards were encoded under"):
-        repair_cache(folder)
+    alter(folder / DOCUMENT)
+    alter(folder / "zarr.json")
+    report = repair_cache(folder)
+    assert ("cannot", DOCUMENT) in done(report)
+    assert not report.is_complete
     assert not (folder / "complete.json").exists()
+
+
+def test_a_record_that_names_another_document_than_the_others_is_dropped(folder):
+    lose(folder / "complete.json")
+    record = Record.from_json((folder / RECORD).read_bytes(), source=RECORD)
+    (folder / RECORD).write_bytes(record.model_copy(update={"document_digest": "0" * 64}).to_json())
+    assert [item.key for item in kdcache.verify_cache(folder, level="quick").findings] == [RECORD]
+    assert done(repair_cache(folder))[0] == ("drop", RECORD)
+
+
+def test_damage_to_the_root_is_blamed_on_no_other_file(folder):
+    lose(folder / "complete.json")
+    cut(folder / "zarr.json")
+    assert {item.key for item in kdcache.verify_cache(folder, level="deep").findings} == {"zarr.json"}
+    repair_cache(folder)
+    assert kdcache.verify_cache(folder, level="deep").findings == ()
+    assert (folder / "complete.json").exists()
 
 
 def test_a_finished_teacher_is_not_taken_out_of_the_cache_by_a_lost_completion(folder):

@@ -322,6 +322,12 @@ def test_ranges_within_a_known_size_are_read_in_one_request(conditional, monkeyp
     assert [len(part) for part in conditional.read_ranges(KEY, [(0, 10), (5000, 20), (20, 5)])] == [10, 20, 5]
 
 
+def test_a_range_that_was_read_together_with_others_does_not_keep_what_lies_between(conditional):
+    conditional.publish(KEY, bytes(10_000))
+    parts = list(conditional.read_ranges(KEY, [(0, 10), (5000, 20)]))
+    assert [part.base for part in parts] == [None, None]
+
+
 def test_a_range_of_an_object_of_the_size_believed_is_one_request(conditional, monkeypatch):
     conditional.publish(KEY, bytes(10_000))
     monkeypatch.setattr(BucketClient, "size", lambda *_: pytest.fail("the size was asked"))

@@ -161,6 +161,22 @@ def test_what_is_fetched_before_its_turn_is_bounded_in_bytes(folder, near, asked
     assert found.tolist() == near.read_rows(np.arange(NUM_EXAMPLES), teachers="a").codes[0].tolist()
 
 
+def test_what_lies_between_chunks_counts_as_fetched(tmp_path, asked, monkeypatch):
+    build_tiny(tmp_path / "cache", shard_rows=SHARD_ROWS, chunk_rows=1)
+    cache = open_cache(tmp_path / "cache")
+    chunk_bytes = cache.codes_readers(teachers="a")[0].spec.chunk_bytes
+    monkeypatch.setattr(FarObjects, "request_bytes", 2 * chunk_bytes)
+    rows = np.concatenate([np.array([0, 3]), np.array([0, 3]) + SHARD_ROWS])
+    monkeypatch.setattr(FarObjects, "barrier", threading.Barrier(2, timeout=0.5))
+    monkeypatch.setattr("kdcache.store.reader._AHEAD_BYTES", 7 * chunk_bytes)
+    with pytest.raises(threading.BrokenBarrierError):  # one after the other: each alone waits for ever
+        cache.read_rows(rows, teachers="a")
+    FarObjects.barrier.reset()
+    monkeypatch.setattr("kdcache.store.reader._AHEAD_BYTES", 8 * chunk_bytes)
+    cache.read_rows(rows, teachers="a")
+    assert ("read_ranges", SHARD.format(1)) in asked
+
+
 def test_whether_all_shards_are_there_is_one_list(folder, asked):
     open_cache(folder).codes_readers(teachers="a")[0].check_shards()
     assert asked == [("sizes", "teachers/a/codes/c/")]
@@ -297,4 +313,14 @@ def test_an_error_comes_where_its_turn_is_and_ends_the_rest():
     assert [next(results), next(results)] == [8, 4]
     with pytest.raises(ZeroDivisionError):
         next(results)
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-fetch")] == []
+
+
+def test_who_stops_waits_for_no_request_that_is_under_way():
+    answers = threading.Event()
+    results = at_once([0, *[1] * 20], lambda item: item and answers.wait(SECONDS))
+    next(results)
+    began = time.monotonic()
+    results.close()
+    took = time.monotonic() - began
+    answers.set()
+    assert took < SECONDS / 4
