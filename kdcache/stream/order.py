@@ -12,6 +12,7 @@ __all__ = ["Order", "SequentialOrder", "ShuffledOrder", "WindowedOrder", "epoch_
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -142,7 +143,6 @@ class WindowedOrder:
     seed: int
     epoch: int
     _permutations: dict[int, ShuffledOrder] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _windows: dict[int, Positions] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_examples(self) -> int:
@@ -187,18 +187,17 @@ class WindowedOrder:
                 parts.append(self._computed(np.arange(max(start, begin), min(stop, end))))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _drawn(self, window: int) -> Positions:
-        """Give the examples of a whole window, int64 [position]."""
-        drawn = self._windows.get(window)
-        if drawn is None:
-            blocks = self.blocks[window * self.window_blocks : (window + 1) * self.window_blocks]
-            counts = self._num_examples[blocks]
-            ends = np.cumsum(counts)
-            stored = np.repeat(self.first_examples[blocks] - (ends - counts), counts) + np.arange(ends[-1])
-            drawn = self._windows[window] = stored[self._permutation(window, len(stored)).at(np.arange(len(stored)))]
-            while len(self._windows) > _DRAWN_WINDOWS:  # another thread may do the same, and needs only its own
-                self._windows.pop(next(iter(self._windows)), None)
-        return drawn
+    @functools.cached_property
+    def _drawn(self) -> Callable[[int], Positions]:
+        """Give the examples of a whole window, int64 [position]; those last asked for are kept, for several threads."""
+        return functools.lru_cache(_DRAWN_WINDOWS)(self._draw)
+
+    def _draw(self, window: int) -> Positions:
+        blocks = self.blocks[window * self.window_blocks : (window + 1) * self.window_blocks]
+        counts = self._num_examples[blocks]
+        ends = np.cumsum(counts)
+        stored = np.repeat(self.first_examples[blocks] - (ends - counts), counts) + np.arange(ends[-1])
+        return stored[self._permutation(window, len(stored)).at(np.arange(len(stored)))]
 
     def _computed(self, positions: Positions) -> Positions:
         windows = self.window_of(positions)

@@ -89,7 +89,6 @@ class Flight:
         items: Iterable[Item],
         send: Callable[[Item], Future[Any]],
         width: Callable[[int], int],
-        is_ending: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[Item, Any], None, None]:
         """Yield each item with its result, or with a `Loss`, in the order in which they end.
 
@@ -99,10 +98,9 @@ class Flight:
         send : callable (item) -> Future
             Submits an item.
         width : callable (int) -> int
-            Says how many may be under way, from the number that the cluster can run at once.
-        is_ending : callable () -> bool, optional
-            Says when no more are to be sent. What is under way is waited for: Dask does not stop a function that
-            runs, and what it does to its worker would be blamed on whatever comes next.
+            Says how many may be under way, from the number that the cluster can run at once, one at least; 0 where no
+            more are to be sent. What is under way is waited for: Dask does not stop a function that runs, and what it
+            does to its worker would be blamed on whatever comes next.
 
         Raises
         ------
@@ -115,10 +113,11 @@ class Flight:
         landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         try:
             while waiting or under_way:
-                if is_ending():
-                    waiting.clear()
-                while waiting and len(under_way) < max(1, width(self.num_slots())):
+                while waiting and len(under_way) < (most := width(max(1, self.num_slots()))):
                     self._launch(waiting.popleft(), send, under_way, landed)
+                if waiting and not most:
+                    waiting.clear()
+                    continue
                 future = self._next(landed)
                 if future is None:
                     continue

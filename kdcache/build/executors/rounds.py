@@ -154,7 +154,7 @@ class Rounds:
     def _fly(self, spans: Iterable[_Span], width: Callable[[int], int]) -> None:
         """Run spans together; whoever is blamed for a death becomes suspect. End early where nothing else happens."""
         num_blamed, is_ending = 0, False
-        with contextlib.closing(self._outcomes(spans, width, lambda: is_ending)) as outcomes:
+        with contextlib.closing(self._outcomes(spans, lambda slots: 0 if is_ending else width(slots))) as outcomes:
             for span, outcome in outcomes:
                 if not isinstance(outcome, Loss):
                     num_blamed = 0
@@ -167,12 +167,9 @@ class Rounds:
                 is_ending = is_ending or num_blamed >= MAX_BLAMED_IN_A_ROW
 
     def _outcomes(
-        self,
-        spans: Iterable[_Span],
-        width: Callable[[int], int],
-        is_ending: Callable[[], bool] = lambda: False,
+        self, spans: Iterable[_Span], width: Callable[[int], int]
     ) -> Generator[tuple[_Span, Any], None, None]:
-        flown = self._flight.outcomes(spans, lambda span: self._send(span.teacher, span.shards), width, is_ending)
+        flown = self._flight.outcomes(spans, lambda span: self._send(span.teacher, span.shards), width)
         with contextlib.closing(flown):
             yield from flown
 

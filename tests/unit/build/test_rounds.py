@@ -29,10 +29,9 @@ class PlayedFlight:
         self.num_losses = 0
         self.ended_by = None
 
-    def outcomes(self, spans, send, width, is_ending):  # noqa: ARG002 - nothing is sent
+    def outcomes(self, spans, send, width):  # noqa: ARG002 - nothing is sent
         waiting = list(spans)
-        while waiting and not is_ending():
-            count = max(1, width(self.num_slots))
+        while waiting and (count := width(self.num_slots)):
             under_way, waiting = waiting[:count], waiting[count:]
             is_deadly = any(self.bad & set(span.shards) for span in under_way)
             self.num_losses += is_deadly

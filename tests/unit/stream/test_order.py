@@ -132,6 +132,17 @@ def test_any_positions_of_a_windowed_order_are_those_of_the_whole(shard_sizes, w
     assert np.array_equal(WindowedOrder(first, window_blocks, seed, epoch).at(positions), whole[positions])
 
 
+@given(sizes, st.integers(1, 5), seeds, epochs, st.data())
+def test_large_windows_are_computed_where_they_are_asked_for(shard_sizes, window_blocks, seed, epoch, data):
+    first = np.concatenate([[0], np.cumsum(shard_sizes)])
+    start = data.draw(st.integers(0, int(first[-1]) - 1))
+    positions = np.arange(start, data.draw(st.integers(start + 1, int(first[-1]))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.stream.order.MATERIALISED_EXAMPLES", 3)
+        order = WindowedOrder(first, window_blocks, seed, epoch)
+        assert np.array_equal(order.at(positions), order.at(positions[::-1])[::-1])
+
+
 def test_windows_of_an_epoch_have_other_shards_than_those_of_the_next():
     first = np.arange(101) * 10
     orders = [WindowedOrder(first, 4, 0, epoch).blocks[:4].tolist() for epoch in range(2)]
