@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MemoryPeak", "bytes_on_disk", "cpu_seconds", "drop_pages", "own_memory_bytes"]
+__all__ = ["MemoryPeak", "bytes_on_disk", "children_cpu_seconds", "cpu_seconds", "drop_pages", "own_memory_bytes"]
 
 import os
 import resource
@@ -16,9 +16,18 @@ _PERIOD_SECONDS: Final = 0.02
 
 
 def cpu_seconds() -> float:
-    """Give the seconds of processor of this process, all its threads, and its children that have ended."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+    """Give the seconds of processor of this process, of all its threads."""
+    return _seconds_of(resource.RUSAGE_SELF)
+
+
+def children_cpu_seconds() -> float:
+    """Give the seconds of processor of this process's children that have ended."""
+    return _seconds_of(resource.RUSAGE_CHILDREN)
+
+
+def _seconds_of(kind: int) -> float:
+    usage = resource.getrusage(kind)
+    return usage.ru_utime + usage.ru_stime
 
 
 def own_memory_bytes() -> int:

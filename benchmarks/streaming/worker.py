@@ -23,7 +23,7 @@ import torch
 from benchmarks.streaming.content import check_epoch
 from benchmarks.streaming.contestant import Contestant, Epoch
 from benchmarks.streaming.lineup import contestant_named
-from benchmarks.streaming.resources import MemoryPeak, cpu_seconds, own_memory_bytes
+from benchmarks.streaming.resources import MemoryPeak, children_cpu_seconds, cpu_seconds, own_memory_bytes
 from benchmarks.streaming.row_sets import RowSet, open_row_set
 
 
@@ -67,7 +67,7 @@ class Worker:
     def _epoch(self, number: int, min_seconds: float, max_seconds: float) -> dict[str, Any]:
         """Read epochs until they have lasted a while; a slow one is broken off."""
         opened = self._opened()
-        cpu, start = cpu_seconds(), time.perf_counter()
+        cpu, children, start = cpu_seconds(), children_cpu_seconds(), time.perf_counter()
         num_rows, seconds = 0, 0.0
         while seconds < min_seconds:
             for rows, _ in opened(number):
@@ -76,8 +76,9 @@ class Worker:
                     break
             number += 1
             seconds = time.perf_counter() - start
-        gc.collect()  # ends the processes of a DataLoader, so that their time is counted
-        return {"rows": num_rows, "seconds": seconds, "cpu_seconds": cpu_seconds() - cpu}
+        cpu = cpu_seconds() - cpu
+        gc.collect()  # ends the processes of a DataLoader, so that their time is counted; its own is not
+        return {"rows": num_rows, "seconds": seconds, "cpu_seconds": cpu + children_cpu_seconds() - children}
 
     def _fresh(self, max_seconds: float) -> dict[str, Any]:
         """Open and read an epoch while memory is watched; of a process that has done nothing else."""

@@ -49,7 +49,7 @@ class _Reading:
 
     def read(self, indices: np.ndarray, checked: np.ndarray) -> InputBatch:
         inputs = self.inputs.read_inputs(indices, view_index=self.view_index)  # first: digests may draw as well
-        return InputBatch(inputs, [self.inputs.digest_of(index) for index in checked.tolist()])
+        return InputBatch(inputs, self.inputs.digests_of(checked))
 
 
 class InputReader:

@@ -40,7 +40,7 @@ import kdcache
 SECONDS = 20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
 """Of the child: pools that reserve a GiB of addresses at once would be taken for memory."""
-QUICK, MANY = 8, 500
+QUICK, MANY = 5, 500
 CODECS = {
     "codes": kdcache.Codes(),
     "spectral": kdcache.Spectral(max_kl=0.01),

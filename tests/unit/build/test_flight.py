@@ -31,7 +31,7 @@ class Noted:
         self.begun, self.ended = threading.Event(), threading.Event()
 
     def __reduce__(self):  # in this process: it is the same one wherever it runs
-        return WORK.__getitem__, (self.name,)
+        return work_named, (self.name,)
 
     def __call__(self):
         self.begun.set()
@@ -41,6 +41,10 @@ class Noted:
 
 
 WORK = {}
+
+
+def work_named(name):
+    return WORK[name]
 
 
 def works(**seconds):

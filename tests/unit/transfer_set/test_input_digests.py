@@ -142,3 +142,12 @@ def test_digests_can_be_left_out():
 
 def test_inputs_that_cannot_be_digested_pass_where_digests_are_left_out():
     assert len(TransferSet([object()], digest_inputs=False, labels=[0]).digest()) == 64
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.randn(5, 2, 3), torch.arange(5), [PICTURE] * 5], ids=["rows", "numbers", "list"]
+)
+def test_the_digests_of_several_inputs_are_those_of_each(inputs):
+    transfer_set = TransferSet(inputs) if isinstance(inputs, list) else TransferSet.from_arrays(inputs)
+    chosen = np.array([3, 0, 3])
+    assert transfer_set.digests_of(chosen) == [transfer_set.digest_of(index) for index in chosen.tolist()]
