@@ -252,7 +252,7 @@ class Mending:
             return True
         if self.standing.store.objects.read(key) != record.to_json():
             return True
-        document = self.standing.teachers.get(record.teacher)
+        document = {**self.standing.teachers, **self.plan.teachers}.get(record.teacher)
         is_recorded = document is None or record.document_digest in {None, document.digest()}
         return not is_recorded or record.num_rows != self.standing.cache.rows_in_shard(record.shard_index)
 

@@ -29,7 +29,8 @@ def at_once(
     ----------
     items : sequence
     work : callable (item) -> result
-        Its error is raised where the item's turn comes; the rest is left, and nobody waits for what has begun.
+        Its error is raised where the item's turn comes; the rest is left. Who stops does not wait for what has begun,
+        but a process ends only when that has.
     bytes_of : callable (item) -> int, optional
         What an item's result takes.
     max_bytes : int

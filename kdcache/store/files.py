@@ -6,6 +6,7 @@ __all__ = ["ATTRIBUTE", "CacheFiles"]
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -55,7 +56,7 @@ class CacheFiles:
         if data is None:
             return None
         try:
-            value = json.loads(data.decode())  # not bytes, whose encoding it would guess
+            value = parsed_json(data)
         except (ValueError, RecursionError) as error:
             raise place.corrupt(f"the file is no JSON ({error})") from error
         if not isinstance(value, dict):
@@ -183,3 +184,20 @@ def _told(place: Place) -> Iterator[None]:
     except DocumentError as error:
         remedy = f"Nothing was changed. {place.remedy}"
         raise DocumentError(error.document, error.source, error.problems, remedy) from error
+
+
+def parsed_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8, of finite numbers; ValueError or RecursionError for anything else."""
+    text = data.decode()  # not bytes, whose encoding would be guessed
+    return json.loads(text, parse_constant=_refused, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is beyond all numbers")
+    return number
+
+
+def _refused(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")

@@ -20,15 +20,15 @@ import numpy.typing as npt
 from kdcache.errors import StoreError
 from kdcache.store.keys import check_key
 from kdcache.store.limits import TooLargeError
-from kdcache.store.room import room
+from kdcache.store.room import lent
 from kdcache.store.writers import is_alive, this_machine
 
 PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>[1-9][0-9]*)-[0-9a-f]{16}\.partial")
 _STALE_SECONDS = 24 * 3600
+"""A write takes seconds; what is a day old was left behind, on whatever machine."""
 _RUN_BYTES = 2**18
 """Ranges behind one another that are read at once: what a core's own cache holds."""
-"""A write takes seconds; what is a day old was left behind, on whatever machine."""
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
@@ -112,7 +112,7 @@ class LocalObjects:
         return data, self._path(key).stat().st_size
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield ranges of one file, (start, length) in bytes, each in the memory of the one before.
+        """Yield ranges of one file, (start, length) in bytes, each good until the next is asked for.
 
         FileNotFoundError when nothing stands under `key`.
         """
@@ -123,13 +123,15 @@ class LocalObjects:
         try:
             # No more memory than the file can fill, whatever a damaged index asks for.
             file_bytes = os.fstat(descriptor).st_size
-            for first, lengths in _runs(ranges, file_bytes):
-                with _reading(path):
-                    read = _read_fully(descriptor, first, room("stored", sum(lengths)))
-                end = 0
-                for length in lengths:
-                    yield read[end : end + length]
-                    end += length
+            runs = list(_runs(ranges, file_bytes))
+            with lent("stored", max((sum(lengths) for _, lengths in runs), default=0)) as stored:
+                for first, lengths in runs:
+                    with _reading(path):
+                        read = _read_fully(descriptor, first, stored[: sum(lengths)])
+                    end = 0
+                    for length in lengths:
+                        yield read[end : end + length]
+                        end += length
         finally:
             os.close(descriptor)
 

@@ -38,7 +38,7 @@ def made_ahead(
         How many are made ahead of use at least, where there are so many.
     one_by_one : bool
         Ask for each step only when there is room for what is made of it. Else up to eight are asked for and made at
-        once where they take less than two milliseconds.
+        once where they take less than five milliseconds.
     """
     waiting: deque[Future[_Bunch[Made]]] = deque()
     at_once, num_waiting = 1, 0

@@ -197,7 +197,9 @@ class WindowedOrder:
         counts = self._num_examples[blocks]
         ends = np.cumsum(counts)
         stored = np.repeat(self.first_examples[blocks] - (ends - counts), counts) + np.arange(ends[-1])
-        return stored[self._permutation(window, len(stored)).at(np.arange(len(stored)))]
+        drawn = stored[self._permutation(window, len(stored)).at(np.arange(len(stored)))]
+        drawn.flags.writeable = False  # parts of it are given away
+        return drawn
 
     def _computed(self, positions: Positions) -> Positions:
         windows = self.window_of(positions)

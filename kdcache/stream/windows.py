@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["WindowedRows"]
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import SoftTargetCache
+from kdcache.errors import KdcacheError
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CodesReader
 from kdcache.store.reader import DECODING_THREADS
@@ -32,6 +34,8 @@ from kdcache.stream.order import Order, WindowedOrder
 _PIECE_BYTES = 2**21
 """What is decoded at a time: small beside a step, and enough that batches are made some at a time in between. Each of
 the two finds the processor's caches filled by the other, which costs a quarter where a piece is a batch."""
+_FAR_PIECES = 8
+"""Pieces of a window that lies far away, at most: a small one needs few shards, and so asks for few at once."""
 _HELD_WINDOWS = 3
 
 
@@ -91,8 +95,9 @@ class _Reading:
         self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows") if is_far else None
         self._windows: deque[_Window] = deque()
         self._has_given = False  # a window behind the first would keep the first batch waiting
+        self._begun_at = 0  # the position given when the window behind was begun
         first = wanted.first_from(0)
-        if first is not None:  # not only when its first batch is asked for
+        if first is not None:  # threads begin with it at once, not only when its first batch is asked for
             self._window_at(first)
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> SoftTargets:  # noqa: ARG002 - they follow from positions
@@ -129,28 +134,33 @@ class _Reading:
         """Give the window of a position, which may be decoding yet."""
         if self._windows and position < self._windows[0].end:
             if self._has_given:
-                self._begin_following()
+                self._begin_following(position)
             return self._windows[0]
         if len(self._windows) < 2 or position >= self._windows[1].end:  # at the start, and behind what was read on
             self._windows.clear()
             self._windows.append(self._load(position))
         else:
             self._windows.popleft().done()
-            self._begin_following()
+            self._begin_following(position)
         return self._windows[0]
 
-    def _begin_following(self) -> None:
-        """Begin with the window behind, of which positions are wanted."""
+    def _begin_following(self, position: int) -> None:
+        """Begin with the window behind, of which positions are wanted, where this position is given."""
         if len(self._windows) < 2:
+            self._begun_at = position
             following = self._wanted.first_from(self._windows[0].end)
             if following is not None:
                 self._windows.append(self._load(following))
 
     def _decode_along(self, position: int) -> None:
-        """Decode as much of the window behind as was given of this one, so that no batch waits for a whole window."""
+        """Decode as much of the window behind as was given of this one since, so that no batch waits for all of it.
+
+        What is damaged there takes away nothing of this one: it is an error when its turn comes.
+        """
         if self._pool is None and len(self._windows) > 1:
             window, following = self._windows
-            following.decode(1 - (window.end - 1 - position) / (window.end - window.start))
+            with contextlib.suppress(KdcacheError):
+                following.decode((position + 1 - self._begun_at) / (window.end - self._begun_at))
 
     def _load(self, position: int) -> _Window:
         start, end = self._order.positions_of(int(self._order.window_of(np.array([position]))[0]))
@@ -159,7 +169,7 @@ class _Reading:
         rows, num_rows = epochs.joined.rows_of(epochs.indices_at(self._order, positions))
         arrays = self._room.take(len(rows))
         places = np.argsort(rows, kind="stable")
-        pieces = _cut_between_blocks(rows[places], self._source.windows)
+        pieces = _cut_between_blocks(rows[places], self._source.windows, is_far=self._pool is not None)
         tasks = [
             functools.partial(reader.scatter, rows[places[piece]], array, places[piece])
             for piece in pieces
@@ -169,7 +179,7 @@ class _Reading:
             tasks if self._pool is None else [self._pool.submit(task).result for task in tasks]
         )
         first_rows = np.concatenate([[0], np.cumsum(num_rows)])
-        return _Window(start, end, positions, first_rows, arrays, len(loading), loading)
+        return _Window(end, positions, first_rows, arrays, len(loading), loading)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +189,6 @@ class _Window:
     Each of what is `loading` decodes a piece, or waits for a thread that does.
     """
 
-    start: int
     end: int
     positions: np.ndarray
     first_rows: np.ndarray
@@ -232,10 +241,11 @@ def _empty(reader: CodesReader, num_rows: int) -> np.ndarray:
     return np.empty((num_rows, reader.spec.num_columns), reader.spec.little)
 
 
-def _cut_between_blocks(rows: np.ndarray, windows: Windows) -> list[slice]:
+def _cut_between_blocks(rows: np.ndarray, windows: Windows, *, is_far: bool) -> list[slice]:
     """Cut ascending rows into pieces, none within a block, so that no chunk is decoded twice."""
+    piece_bytes = max(_PIECE_BYTES, windows.window_bytes // _FAR_PIECES) if is_far else _PIECE_BYTES
     edges = np.flatnonzero(np.diff(rows // windows.block_rows)) + 1
-    step = max(1, _PIECE_BYTES // (windows.block_rows * windows.row_bytes))
+    step = max(1, piece_bytes // (windows.block_rows * windows.row_bytes))
     cuts = [0, *edges[step - 1 :: step].tolist(), len(rows)]
     return [slice(start, end) for start, end in itertools.pairwise(cuts) if start < end]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["as_written", "check_completion", "check_documents", "check_whole"]
 
-import json
 from collections.abc import Callable, Iterator
 
 from kdcache.documents import (
@@ -17,7 +16,7 @@ from kdcache.documents import (
 )
 from kdcache.errors import KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
-from kdcache.store.files import CacheFiles
+from kdcache.store.files import CacheFiles, parsed_json
 from kdcache.store.index_files import damaged_parts
 from kdcache.store.nodes import expected_nodes, index_keys, root_differences
 from kdcache.transfer_set import transfer_set_digest
@@ -158,7 +157,7 @@ def _nodes(standing: Standing) -> Iterator[Finding]:
                 yield finding(store, key, f"{key}: the file is missing", "missing", where=where, teacher=teacher)
             continue
         try:
-            metadata = json.loads(data.decode())
+            metadata = parsed_json(data)
         except (ValueError, RecursionError) as error:
             yield finding(store, key, f"{key} is no JSON ({error})", "torn", where=where, teacher=teacher)
             continue

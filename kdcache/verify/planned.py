@@ -67,13 +67,16 @@ def check_planned(standing: Standing) -> Iterator[Finding]:
 
 
 def check_recorded(standing: Standing, records: Records) -> Iterator[Finding]:
-    """Hold documents against the records of the shards that were encoded under them; the odd one out is at fault."""
+    """Hold documents against the records of the shards that were encoded under them.
+
+    A record is at fault where no other document is named by more of them than the teacher's; else the document is.
+    """
     for name, document in standing.teachers.items():
         named = Counter(record.document_digest for record in records[name].values() if record.document_digest)
         if name in standing.completed or not named:
             continue
         ours, (theirs, _) = document.digest(), named.most_common(1)[0]
-        if ours not in named:
+        if named[ours] < named[theirs]:
             key = layout.metadata_key(layout.teacher_group(name))
             what = f"the document has digest {ours}, the teacher's shards were encoded under {theirs}"
             yield finding(

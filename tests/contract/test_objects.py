@@ -179,6 +179,16 @@ def test_a_huge_range_takes_no_more_memory_than_the_object(objects):
     assert objects.read_range(KEY, 0, 2**60) == b"abcdef"
 
 
+def test_ranges_stay_those_of_their_object_while_another_is_read(objects):
+    content, other = bytes(range(250)), bytes(250)
+    objects.publish(KEY, content)
+    objects.publish(f"{KEY}-other", other)
+    ranges = objects.read_ranges(KEY, [(0, 100), (100, 100)])
+    assert bytes(next(ranges)) == content[:100]
+    assert bytes(next(objects.read_ranges(f"{KEY}-other", [(0, 200)]))) == other[:200]
+    assert bytes(next(ranges)) == content[100:200]
+
+
 def test_ranges_come_in_the_order_asked_for(objects):
     content = os.urandom(5_000_000)
     objects.publish(KEY, content)

@@ -41,6 +41,7 @@ SECONDS = 20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
 """Of the child: pools that reserve a GiB of addresses at once would be taken for memory."""
 QUICK, MANY = 5, 500
+"""Of each kind of mutation; 500 of all kinds take a quarter of an hour."""
 CODECS = {
     "codes": kdcache.Codes(),
     "spectral": kdcache.Spectral(max_kl=0.01),
@@ -211,6 +212,9 @@ FOUND = {
     "a copy in the root has a path that leaves the cache": lambda files: with_document(
         files, "zarr.json", lambda root: copies(root).update({"../../x": {}})
     ),
+    "a number beyond all numbers": lambda files: {
+        **files, "teachers/a/zarr.json": b'{"attributes": 1e999, "node_type": "group", "zarr_format": 3}'
+    },
     "metadata in UTF-16": lambda files: {
         **files, "teachers/a/zarr.json": files["teachers/a/zarr.json"].decode().encode("utf-16-be")
     },

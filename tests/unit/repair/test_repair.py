@@ -331,6 +331,17 @@ def test_a_record_that_names_another_document_than_the_others_is_dropped(folder)
     assert done(repair_cache(folder))[0] == ("drop", RECORD)
 
 
+def test_where_most_records_name_another_document_it_is_the_one_at_fault(folder):
+    lose(folder / "complete.json")
+    for shard in (0, 1):
+        path = folder / f"commits/a/{shard}.json"
+        record = Record.from_json(path.read_bytes(), source=path.name)
+        path.write_bytes(record.model_copy(update={"document_digest": "0" * 64}).to_json())
+    assert [item.key for item in kdcache.verify_cache(folder, level="quick").findings] == [DOCUMENT]
+    assert ("cannot", DOCUMENT) in done(repair_cache(folder))
+    assert len([*(folder / "commits/a").iterdir()]) == 3
+
+
 def test_damage_to_the_root_is_blamed_on_no_other_file(folder):
     lose(folder / "complete.json")
     cut(folder / "zarr.json")

@@ -305,14 +305,17 @@ def test_no_more_is_begun_than_may_wait_for_its_turn():
     results = at_once(range(10), counted, bytes_of=lambda _: 10, max_bytes=30)
     next(results)
     results.close()
-    assert counted.begun == [0, 1, 2]
+    assert 0 in counted.begun
+    assert set(counted.begun) <= {0, 1, 2}  # those that no thread had taken up are left
 
 
 def test_an_error_comes_where_its_turn_is_and_ends_the_rest():
-    results = at_once([1, 2, 0, *[4] * 100], lambda item: 8 // item)
+    begun = []
+    results = at_once([1, 2, 0, *[4] * 100], lambda item: begun.append(item) or 8 // item)
     assert [next(results), next(results)] == [8, 4]
     with pytest.raises(ZeroDivisionError):
         next(results)
+    assert len(begun) <= 3 + THREADS
 
 
 def test_who_stops_waits_for_no_request_that_is_under_way():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -141,6 +143,23 @@ def test_large_windows_are_computed_where_they_are_asked_for(shard_sizes, window
         patch.setattr("kdcache.stream.order.MATERIALISED_EXAMPLES", 3)
         order = WindowedOrder(first, window_blocks, seed, epoch)
         assert np.array_equal(order.at(positions), order.at(positions[::-1])[::-1])
+
+
+def test_a_windowed_order_stays_what_it_was_in_earlier_releases():
+    order = WindowedOrder(np.array([0, 3, 3, 7, 10, 12]), 2, 7, 3)
+    assert order.at(np.arange(12)).tolist() == [11, 7, 10, 8, 9, 1, 0, 2, 6, 4, 5, 3]
+
+
+def test_several_threads_may_ask_an_order_at_once():
+    order = WindowedOrder(np.arange(4001) * 2, 2, 0, 0)
+    expected = WindowedOrder(np.arange(4001) * 2, 2, 0, 0).at(np.arange(8000))
+    places = np.arange(0, 8000, 4)
+
+    def ask(start):
+        return all(np.array_equal(order.at(np.arange(at, at + 4)), expected[at : at + 4]) for at in places[start:])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [True] * 4
 
 
 def test_windows_of_an_epoch_have_other_shards_than_those_of_the_next():

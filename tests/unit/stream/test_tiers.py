@@ -39,6 +39,17 @@ def loader_of(folder, inputs=None, **options):
     return SoftTargetLoader(open_cache(folder), inputs, **{"batch_size": 7, **options})
 
 
+@pytest.fixture(params=["as they are", "one chunk", "two chunks"])
+def sizes(request, monkeypatch):
+    """What is read, laid down and decoded at a time, smaller than it is for so few rows."""
+    if request.param == "as they are":
+        return
+    num_chunks = ["one chunk", "two chunks"].index(request.param) + 1
+    monkeypatch.setattr("kdcache.store.runs._RUN_BYTES", num_chunks * 8 * ROW_BYTES)
+    monkeypatch.setattr("kdcache.store.local_objects._RUN_BYTES", num_chunks * 100)
+    monkeypatch.setattr("kdcache.stream.windows._PIECE_BYTES", num_chunks * 8 * ROW_BYTES)
+
+
 def options_of(tier, tmp_path):
     more = {"mapped": {"local_copy": tmp_path / "copy"}, "device": {"device": "cpu"}}
     return {"tier": tier, "shuffle": "windowed", "window_bytes": 2 * ROW_BYTES * 8, **more.get(tier, {})}
@@ -49,6 +60,7 @@ def options_of(tier, tmp_path):
 
 @pytest.mark.parametrize("tier", ["memory", "mapped", "windows", "device"])
 @pytest.mark.parametrize("codec", [Codes(), Codes(dtype="uint16")], ids=["uint8", "uint16"])
+@pytest.mark.usefixtures("sizes")
 def test_every_tier_gives_the_batches_of_scattered_reads(tmp_path, tier, codec):
     build_tiny(tmp_path / "cache", teachers=tiny_teachers(2), codec=codec)
     loader = loader_of(tmp_path / "cache", **options_of(tier, tmp_path))
@@ -60,6 +72,7 @@ def test_every_tier_gives_the_batches_of_scattered_reads(tmp_path, tier, codec):
 
 @pytest.mark.parametrize("num_rows", [2, 5, 11])
 @pytest.mark.parametrize("tier", ["memory", "mapped", "windows", "device"])
+@pytest.mark.usefixtures("sizes")
 def test_examples_with_many_rows_are_given_whole(tmp_path, tier, num_rows):
     inputs = torch.randn(13, num_rows, 4)
     transfer_set = TransferSet.from_arrays(inputs, num_rows=num_rows)
@@ -71,6 +84,7 @@ def test_examples_with_many_rows_are_given_whole(tmp_path, tier, num_rows):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.usefixtures("sizes")
 def test_examples_that_are_chosen_several_times_are_given_as_often(folder, tmp_path, tier, times):
     chosen = [*range(0, 40, 2)] * times + [1]
     loader = loader_of(folder, example_ids=chosen, **options_of(tier, tmp_path))
@@ -216,12 +230,29 @@ def test_what_was_made_of_a_batch_keeps_its_rows(folder):
     assert all(np.array_equal(codes, inputs) for inputs, codes in kept)
 
 
+def test_damage_in_a_window_takes_away_no_batch_of_those_before(tmp_path):
+    examples = tiny_transfer_set(400)
+    build_tiny(tmp_path / "cache", examples, {"echo": Echo()})
+    loader = loader_of(tmp_path / "cache", examples, batch_size=8, tier="windows", window_bytes=8 * 8 * ROW_BYTES)
+    order, windows = loader._epochs.order(0), loader._epochs.windows
+    shards = order.blocks * windows.block_rows // 16
+    first_windows = {int(shard): place // windows.window_blocks for place, shard in reversed([*enumerate(shards)])}
+    damaged = next(shard for shard, window in first_windows.items() if window == 2)
+    (tmp_path / f"cache/teachers/echo/codes/c/{damaged}/0").write_bytes(b"")
+    given = []
+    with pytest.raises(CorruptCacheError, match=f"codes/c/{damaged}/0"):
+        given.extend(soft_targets for _, _, soft_targets in loader)
+    assert len(given) == order.positions_of(2)[0] // 8
+
+
 def test_memory_is_used_again(folder):
     loader = loader_of(folder, tier="windows", window_bytes=ROW_BYTES * 8, batch_size=3)
     for _ in range(20):
         for _ in loader:
             pass
-    assert len(loader._source._idle[0].sets) <= 4
+    assert (
+        len(loader._source._idle[0].sets) <= 8
+    )  # so many batches are made ahead at most; there are 20 epochs of windows
 
 
 def test_two_loops_at_once_have_memory_of_their_own(folder):
