@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -314,6 +315,11 @@ def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
     except FileNotFoundError as error:
         raise JobError(
             f"teacher {name!r}: there is no checkpoint {path}. Paths are relative to the job file; nothing was written"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise JobError(
+            f"teacher {name!r}: checkpoint {path} cannot be loaded: it holds more than tensors, or is no checkpoint. "
+            "Nothing was written. Save module.state_dict() alone, with torch.save or as .safetensors: all else stays pickled"
         ) from error
     except Exception as error:
         raise JobError(f"teacher {name!r}: checkpoint {path} cannot be loaded: {error}. Nothing was written") from error

@@ -57,7 +57,8 @@ def open_cache(
     if complete is None and not allow_incomplete:
         raise IncompleteCacheError(
             f"cache {store.address} is not complete: there is no complete.json. See how far it is with `kdcache status "
-            f"{store.address}`, and run its build again to finish it. To read what is there, "
+            f"{store.address}`, and run its build again to finish it, or, if all shards are there, `kdcache repair "
+            f"{store.address}`. To read what is there, "
             "open_cache(..., allow_incomplete=True)"
         )
     names = _teacher_names(store, complete)

@@ -163,22 +163,25 @@ class SoftTargetCache(OpenExamples):
         first_row, num_rows = self._store.lookup(example_ids)
         return first_row + view_index * self.document.padded_rows, num_rows
 
-    def read_rows(self, rows: np.ndarray, *, teachers: Sequence[str] | None = None) -> SoftTargets:
+    def read_rows(self, rows: np.ndarray | Sequence[int], *, teachers: Sequence[str] | None = None) -> SoftTargets:
         """Read soft targets by row number, as `rows_of` gives them.
 
         Parameters
         ----------
-        rows : ndarray [row] int64
+        rows : ndarray or sequence [row] of int
         teachers : sequence of str, optional
 
         Raises
         ------
         ShapeError
-            A row does not exist.
+            A row does not exist, or rows are no integers.
         UnknownTeacherError, CorruptCacheError
             As `read`.
         """
-        return self._read(rows, teachers, None)
+        numbers = rows if isinstance(rows, np.ndarray) else np.array(rows)
+        if numbers.ndim != 1 or (numbers.dtype.kind not in "iu" and len(numbers)):
+            raise ShapeError(f"row numbers are one axis of integers, not {numbers.dtype} of shape {numbers.shape}")
+        return self._read(numbers.astype(np.int64, copy=False), teachers, None)
 
     def join(
         self,

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.build import read_status
+from kdcache.build.status import CacheStatus
 from kdcache.cache import SoftTargetCache, open_cache
 from kdcache.certificate import Certificate
 from kdcache.cli.output import (
@@ -44,7 +45,7 @@ Target = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's address,
 
 
 def status(cache: Target, json: Json = False) -> None:
-    """Show how far a build is. Exit code 3 while it is not complete."""
+    """Show how far a build is, not whether its files are sound (`verify`). Exit code 3 while it is not complete."""
     found = read_status(address_of(cache))
     if json:
         print_json(
@@ -64,10 +65,17 @@ def status(cache: Target, json: Json = False) -> None:
                 readable_bytes(item.num_bytes),
             )
         console.print(table)
-        said = "is complete" if found.is_complete else "is not complete; run its build again"
-        say(f"{escape(found.address)} {said}")
+        say(f"{escape(found.address)} {_how_far(found)}")
     if not found.is_complete:
         raise typer.Exit(INCOMPLETE)
+
+
+def _how_far(found: CacheStatus) -> str:
+    if found.is_complete:
+        return "is complete"
+    if all(teacher.done_shards == teacher.num_shards for teacher in found.teachers):
+        return f"has all its shards but no complete.json; `kdcache repair {escape(found.address)}` writes it anew"
+    return "is not complete; run its build again"
 
 
 def info(

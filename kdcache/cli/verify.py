@@ -126,7 +126,10 @@ def _print(report: VerifyReport, comparison: Comparison | None, findings: tuple[
     size = readable_bytes(report.num_bytes)
     say(f"{escape(report.address)}: {looked} of {report.num_shards:,} shards, {size}{skipped}: {said}")
     if not report.is_complete:
-        say("the cache is not complete: shards that are still to be built were not looked for")
+        say(
+            "the cache is not complete: shards that are still to be built were not looked for. Run its build again; "
+            f"or, where `kdcache status` shows all shards, `kdcache repair {escape(report.address)}`"
+        )
 
 
 def _print_comparison(comparison: Comparison) -> None:

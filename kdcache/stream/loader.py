@@ -145,7 +145,7 @@ class SoftTargetLoader:
         window_bytes: int | None = None,
         local_copy: str | Path | None = None,
     ) -> None:
-        _check_options(shuffle, prefetch_batches, tier, local_copy)
+        _check_options(cache, batch_size, shuffle, prefetch_batches, tier, local_copy)
         self._teachers = teachers
         self.cache = cache
         self.inputs = _as_transfer_set(cache, inputs)
@@ -232,6 +232,9 @@ class SoftTargetLoader:
         TransferSetError
             The state is of a loader that gives other batches: seed, shuffle, batch size, view or examples differ.
         """
+        if not isinstance(state, Mapping) or not {"epoch", "next_batch"} <= state.keys():
+            found = sorted(state) if isinstance(state, Mapping) else state
+            raise TransferSetError(f"this is no state of a loader: it has no epoch and next_batch, only {found!r}")
         ours = self._order_state()
         other = {key: state.get(key) for key, value in ours.items() if state.get(key) != value}
         if other:
@@ -240,8 +243,6 @@ class SoftTargetLoader:
                 "would be lost or repeated. Make the loader with the same arguments; block_rows and window_blocks "
                 "follow from shuffle, window_bytes, max_resident_bytes and tier, and are 0 unless a shuffle is windowed"
             )
-        if not {"epoch", "next_batch"} <= state.keys():
-            raise TransferSetError(f"the state has no epoch and next_batch, only {sorted(state)}; it is no loader's")
         self._epoch, self._start = state["epoch"], state["next_batch"]
         if self._start >= len(self):  # of a loader that had more batches: with drop_last the last one is left out
             self._epoch, self._start = self._epoch + 1, 0
@@ -365,8 +366,17 @@ def _as_transfer_set(cache: SoftTargetCache, inputs: TransferSet | Any | None) -
 
 
 def _check_options(
-    shuffle: Shuffle | None, prefetch_batches: int, tier: str | None, local_copy: str | Path | None
+    cache: Any,
+    batch_size: Any,
+    shuffle: Shuffle | None,
+    prefetch_batches: int,
+    tier: str | None,
+    local_copy: str | Path | None,
 ) -> None:
+    if not isinstance(cache, SoftTargetCache):
+        raise OptionError(f"cache is {cache!r}, a {type(cache).__name__}; give what kdcache.open_cache returns")
+    if not isinstance(batch_size, int):
+        raise OptionError(f"batch_size is {batch_size!r}; give a number of examples")
     if prefetch_batches < 1:
         raise OptionError(f"prefetch_batches is {prefetch_batches}; at least 1 is needed")
     if not (shuffle is None or isinstance(shuffle, bool) or shuffle == "windowed"):

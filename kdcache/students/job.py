@@ -77,7 +77,9 @@ def train_job(
     """
     sweeps = _chosen(loaded, only)
     if not sweeps:
-        return []
+        raise JobError(
+            "the job has no [[students]], so there is nothing to train; nothing was written. Add a sweep to it"
+        )
     cache = open_cache(loaded.cache_address)
     _check_teachers(loaded, cache)
     transfer_set = _transfer_set(loaded)

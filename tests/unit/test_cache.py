@@ -578,3 +578,14 @@ def test_a_measured_kl_of_topk_is_that_of_its_soft_targets_there(tmp_path):
     read = cache.read(range(40)).log_probabilities(4.0, teachers=["a"])
     measured = measure(teacher_logits()[:, 0].double() / 4, read, [1.0])
     assert cache.certificate(4.0, teachers=["a"]).max_kl == pytest.approx(float(measured.max()), rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [[0, 3], (0, 3), np.array([0, 3], np.int32)], ids=["list", "tuple", "int32"])
+def test_rows_may_be_any_numbers(cache, rows):
+    assert torch.equal(cache.read_rows(rows).logits(), cache.read_rows(np.array([0, 3])).logits())
+
+
+@pytest.mark.parametrize("rows", [[1.5], ["a"], [[0]], 3, [-1]])
+def test_rows_that_are_no_row_numbers_are_refused(cache, rows):
+    with pytest.raises(ShapeError, match=r"row"):
+        cache.read_rows(rows)

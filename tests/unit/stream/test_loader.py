@@ -337,8 +337,16 @@ def test_what_is_no_state_is_refused(cache):
     loader = loader_of(cache)
     state = loader.state_dict()
     del state["epoch"]
-    with pytest.raises(TransferSetError, match="has no epoch and next_batch"):
-        loader.load_state_dict(state)
+    for wrong in (state, {}, None):
+        with pytest.raises(TransferSetError, match="no state of a loader: it has no epoch and next_batch"):
+            loader.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize(("option", "value"), [("cache", "out/cache"), ("batch_size", "3"), ("batch_size", 2.0)])
+def test_options_of_another_kind_are_refused(cache, option, value):
+    options = {"cache": cache, "batch_size": 4} | {option: value}
+    with pytest.raises(OptionError, match=f"{option} is {value!r}"):
+        SoftTargetLoader(**options)
 
 
 # Order ----------------------------------------------------------------------------------------------------------------

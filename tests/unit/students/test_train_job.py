@@ -142,10 +142,11 @@ def test_an_unknown_sweep_is_refused(write_job, out):
         train_job(write_job(), out=out, only=["deep"])
 
 
-def test_a_job_without_students_gives_no_results(write_job, out):
+def test_a_job_without_students_is_refused(write_job, out):
     job = write_job()
     (job.folder / "job.toml").write_text((job.folder / "job.toml").read_text().partition("[[students]]")[0])
-    assert train_job(read_job(job.folder / "job.toml"), out=out) == []
+    with pytest.raises(JobError, match=r"has no \[\[students\]\], so there is nothing to train"):
+        train_job(read_job(job.folder / "job.toml"), out=out)
 
 
 def test_progress_counts_over_all_sweeps(write_job, out):
