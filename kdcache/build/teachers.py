@@ -319,7 +319,7 @@ def load_checkpoint(module: nn.Module, path: Path, *, name: str) -> None:
     except pickle.UnpicklingError as error:
         raise JobError(
             f"teacher {name!r}: checkpoint {path} cannot be loaded: it holds more than tensors, or is no checkpoint. "
-            "Nothing was written. Save module.state_dict() alone, with torch.save or as .safetensors: all else stays pickled"
+            "Nothing was written. Save module.state_dict() alone, with torch.save or as .safetensors"
         ) from error
     except Exception as error:
         raise JobError(f"teacher {name!r}: checkpoint {path} cannot be loaded: {error}. Nothing was written") from error
