@@ -32,7 +32,7 @@ from kdcache.documents import (
     Spectral,
     TopK,
 )
-from kdcache.errors import CacheExistsError, CacheNotFoundError, JobError, OptionError, TransferSetError
+from kdcache.errors import CacheExistsError, JobError, OptionError, TransferSetError
 from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import TransferSet
 
@@ -132,11 +132,6 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
             )
         raise CacheExistsError(
             f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"
-        )
-    if options.add_teachers and not plans:
-        raise CacheNotFoundError(
-            f"{store.address} holds no cache that teachers could be added to; nothing was written. Check the address, "
-            "or build one there: leave out add_teachers=True, or --add-teachers"
         )
     proposed = propose_plan(transfer_set, members, plans, options)
     plan, plan_index = _choose_plan(plans, proposed, add_teachers=options.add_teachers)

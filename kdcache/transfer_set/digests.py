@@ -54,6 +54,8 @@ def row_digests(values: np.ndarray | torch.Tensor) -> np.ndarray:
     ndarray [example, 16] uint8
     """
     array = _as_array(values)
+    if not len(array):
+        return np.empty((0, DIGEST_BYTES), np.uint8)
     header = hashlib.blake2b(_array_header(array.dtype, array.shape[1:]), digest_size=DIGEST_BYTES)
     rows = np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
     digests = np.empty((len(array), DIGEST_BYTES), np.uint8)

@@ -626,9 +626,3 @@ def test_the_same_weights_in_other_layers_are_another_teacher(folder):
     build_tiny(folder, teachers={"a": first})
     with pytest.raises(PlanMismatchError, match=r"teachers\.a\.settings_sha256"):
         build_tiny(folder, teachers={"a": torch.nn.Sequential(first[0], torch.nn.Tanh())})
-
-
-def test_teachers_are_added_to_no_address_that_holds_no_cache(tmp_path):
-    with pytest.raises(kdcache.CacheNotFoundError, match="holds no cache that teachers could be added to"):
-        build_tiny(tmp_path / "cache", add_teachers=True)
-    assert not (tmp_path / "cache").exists()

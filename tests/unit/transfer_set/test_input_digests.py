@@ -150,4 +150,5 @@ def test_inputs_that_cannot_be_digested_pass_where_digests_are_left_out():
 def test_the_digests_of_several_inputs_are_those_of_each(inputs):
     transfer_set = TransferSet(inputs) if isinstance(inputs, list) else TransferSet.from_arrays(inputs)
     chosen = np.array([3, 0, 3])
+    assert transfer_set.digests_of(chosen[:0]) == []
     assert transfer_set.digests_of(chosen) == [transfer_set.digest_of(index) for index in chosen.tolist()]
