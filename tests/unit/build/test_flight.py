@@ -13,7 +13,7 @@ from kdcache.build.executors.flight import Flight, Patience
 
 @pytest.fixture(scope="module")
 def flight():
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0") as client:
         yield Flight(client, None, Patience(5.0, 5.0))
 
 
