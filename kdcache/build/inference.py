@@ -273,18 +273,19 @@ def _bytes_of(leaf: Any) -> int:
 
 
 def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:
-    with ThreadPoolExecutor(1, thread_name_prefix="kdcache-inputs") as pool:
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for key in keys:
-                waiting.append(pool.submit(inputs.load, key))
-                if len(waiting) > LOOK_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-inputs")
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for key in keys:
+            waiting.append(pool.submit(inputs.load, key))
+            if len(waiting) > LOOK_AHEAD:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Who is left in a cycle with an error is ended by the garbage collector, wherever that runs: also within the
+        # start of a thread, which holds a lock that waiting for another thread would need.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _BatchDataset(Dataset[Any]):
