@@ -85,10 +85,7 @@ class Flight:
         self._seen_at = time.monotonic()
 
     def outcomes(
-        self,
-        items: Iterable[Item],
-        send: Callable[[Item], Future[Any]],
-        width: Callable[[int], int],
+        self, items: Iterable[Item], send: Callable[[Item], Future[Any]], width: Callable[[int], int]
     ) -> Generator[tuple[Item, Any], None, None]:
         """Yield each item with its result, or with a `Loss`, in the order in which they end.
 
