@@ -143,12 +143,15 @@ class CacheStore(StoredDocuments):
         ShapeError
             There is no such example.
         """
-        with self._lock:
-            if self._columns is None:
-                self._columns = self._example_columns()
-        return self._columns.values(name, example_indices)
+        return self._example_columns().values(name, example_indices)
 
     def _example_columns(self) -> ExampleColumns:
+        with self._lock:
+            if self._columns is None:
+                self._columns = self._open_example_columns()
+        return self._columns
+
+    def _open_example_columns(self) -> ExampleColumns:
         from kdcache.store.parquet import ExampleColumns, RangedFile  # noqa: PLC0415 - opening does without Arrow
 
         place = self._files.place(layout.EXAMPLES)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 __all__ = ["JoinedBatches", "SoftTargetLoader", "epoch_order"]
 
-from kdcache.documents import CacheDocument, CompleteDocument, Record, TeacherDocument
+from kdcache.documents import CacheDocument, CompleteDocument, PlanDocument, Record, TeacherDocument
 from kdcache.stream.join import JoinedBatches
 from kdcache.stream.loader import SoftTargetLoader
 from kdcache.stream.order import epoch_order
 
-for _document in (CacheDocument, CompleteDocument, Record, TeacherDocument):
+for _document in (CacheDocument, CompleteDocument, PlanDocument, Record, TeacherDocument):
     _document.model_rebuild()  # made ready by the first reading else, which is within the first batch

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 __all__ = ["made_ahead"]
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -26,7 +25,8 @@ def made_ahead(
 ) -> Generator[Made]:
     """Yield what is made of each step, in order, while the next are made on a thread.
 
-    What was made before a step failed is given before its error is raised. Left early, nothing more is made.
+    What was made before a step failed, or before `steps` did, is given before the error is raised. Left early, nothing
+    more is made.
 
     Parameters
     ----------
@@ -40,28 +40,66 @@ def made_ahead(
         Ask for each step only when there is room for what is made of it. Else up to eight are asked for and made at
         once where they take less than five milliseconds.
     """
-    waiting: deque[Future[_Bunch[Made]]] = deque()
-    at_once, num_waiting = 1, 0
-    with ThreadPoolExecutor(1, thread_name_prefix="kdcache-ahead") as pool:
+    asked = _Asked(make, steps, is_one_by_one=one_by_one)
+    try:
+        asked.ask(1)  # the first alone: what comes behind would take the interpreter from who waits for it
+        while asked.waiting:
+            done = asked.next()
+            if done.error is None:
+                asked.ask(depth)
+            yield from done.made
+            if done.error is not None:
+                raise done.error
+        if asked.failed is not None:
+            raise asked.failed
+    finally:
+        asked.leave()
+
+
+class _Asked(Generic[Step, Made]):
+    """What is asked of a thread and not given yet."""
+
+    def __init__(self, make: Callable[[Step], Made], steps: Iterator[Step], *, is_one_by_one: bool) -> None:
+        self.waiting: deque[Future[_Bunch[Made]]] = deque()
+        self.failed: Exception | None = None
+        self._make = make
+        self._steps = steps
+        self._is_one_by_one = is_one_by_one
+        self._at_once, self._num_waiting = 1, 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-ahead")
+
+    def ask(self, num_steps: int) -> None:
+        """Ask until so many are being made or wait, where there are steps; what they raise is kept in `failed`."""
+        while self._num_waiting < num_steps and (bunch := self._next_steps()):
+            self.waiting.append(self._pool.submit(_make_all, self._make, bunch))
+            self._num_waiting += len(bunch)
+
+    def _next_steps(self) -> list[Step]:
+        steps: list[Step] = []
         try:
-            while True:
-                bunch = list(itertools.islice(steps, at_once)) if num_waiting <= depth else []
-                if bunch:
-                    waiting.append(pool.submit(_make_all, make, bunch))
-                    num_waiting += len(bunch)
-                if num_waiting <= depth and bunch:
-                    continue
-                if not waiting:
-                    return
-                done = waiting.popleft().result()
-                num_waiting -= done.num_steps
-                at_once = 1 if one_by_one else done.number_for(_SECONDS_AT_ONCE)
-                yield from done.made
-                if done.error is not None:
-                    raise done.error
-        finally:
-            for future in waiting:
-                future.cancel()
+            while self.failed is None and len(steps) < self._at_once:
+                steps.append(next(self._steps))
+        except StopIteration:
+            pass
+        except Exception as error:  # noqa: BLE001 - raised where what was asked for before it has been given
+            self.failed = error
+        return steps
+
+    def next(self) -> _Bunch[Made]:
+        """Wait for the bunch that comes next."""
+        done = self.waiting.popleft().result()
+        self._num_waiting -= done.num_steps
+        self._at_once = 1 if self._is_one_by_one else done.number_for(_SECONDS_AT_ONCE)
+        return done
+
+    def leave(self) -> None:
+        """Have nothing more made, and wait for what is being made, but for no thread.
+
+        Who is left in a cycle with an error is ended by the garbage collector, wherever that runs: also within the
+        start of a thread, which holds a lock that waiting for another thread would need.
+        """
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        wait([future for future in self.waiting if not future.cancel()])
 
 
 @dataclass(frozen=True, eq=False)

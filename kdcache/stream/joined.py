@@ -146,7 +146,7 @@ class JoinedExamples:
         num_rows = np.zeros(len(self.inputs), np.int32)
         ids = self.inputs.example_ids[self.indices]
         try:
-            first_row[self.indices], num_rows[self.indices] = self.cache.locate(ids, view_index=self.view_index)
+            first_row[self.indices], num_rows[self.indices] = self._located(ids)
         except UnknownExampleError as error:
             raise UnknownExampleError(
                 f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
@@ -161,6 +161,15 @@ class JoinedExamples:
                 f"{num_rows[index]} in cache {self.cache.address}; give TransferSet(num_rows=...) as when it was built"
             )
         return first_row, num_rows
+
+    def _located(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cache = self.cache
+        has_view = 0 <= self.view_index < cache.num_views
+        if has_view and cache.document.num_rows == cache.num_examples and cache.are_all_in_row_order(ids):
+            # All examples, a row each, as they were built: looking them up takes ten times as long as comparing.
+            first_row = np.arange(cache.num_examples) + self.view_index * cache.document.padded_rows
+            return first_row, np.ones(cache.num_examples, np.int32)
+        return cache.locate(ids, view_index=self.view_index)
 
     def _check_views(self) -> None:
         kept = self.cache.document.view

@@ -9,7 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,18 +83,19 @@ class ShardChecks:
         """Yield every shard of every teacher, in order; of teachers that are being built, those that stand."""
         num_threads = DECODING_THREADS if self._level == "deep" else NUM_THREADS
         waiting: deque[Future[CheckedShard]] = deque()
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-verify") as pool:
-            try:
-                for name in self._standing.names:
-                    for shard_index in self._shards[name]:
-                        waiting.append(pool.submit(self._checked, name, shard_index))
-                        if len(waiting) > 2 * num_threads:
-                            yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-verify")
+        try:
+            for name in self._standing.names:
+                for shard_index in self._shards[name]:
+                    waiting.append(pool.submit(self._checked, name, shard_index))
+                    if len(waiting) > 2 * num_threads:
+                        yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            # Not for threads: the garbage collector may end this within the start of one, which holds their lock.
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait([future for future in waiting if not future.cancel()])
 
     def _shards_of(self, name: str) -> Sequence[int]:
         """Give the shards to look at: all, or by lists those that stand, for a plan may claim any number of them."""

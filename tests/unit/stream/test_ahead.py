@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 
@@ -71,4 +73,72 @@ def test_an_iteration_that_is_left_leaves_no_thread():
     ahead = made_ahead(slowly, itertools.count(), depth=2)
     next(ahead)
     ahead.close()
-    assert threading.active_count() == before
+    for _ in range(100):  # nobody waits for the thread itself
+        if threading.active_count() == before:
+            return
+        time.sleep(0.01)
+    raise AssertionError(threading.enumerate())
+
+
+def failing_steps():
+    yield from range(5)
+    raise ValueError("no more steps")
+
+
+@pytest.mark.parametrize("make", [int, slowly])
+def test_what_was_asked_for_before_steps_fail_is_given_before_their_error(make):
+    given = []
+    with pytest.raises(ValueError, match="no more steps"):
+        given.extend(made_ahead(make, failing_steps(), depth=2))
+    assert given == list(range(5))
+
+
+def test_the_first_is_made_alone():
+    started = []
+
+    def make(step):
+        started.append(step)
+        time.sleep(0.02)
+        return list(started)
+
+    ahead = made_ahead(make, iter(range(9)), depth=3)
+    assert next(ahead) == [0]
+    ahead.close()
+
+
+def test_what_is_being_made_is_waited_for_when_an_iteration_is_left():
+    finished = []
+
+    def make(step):
+        time.sleep(0.05)
+        finished.append(step)
+        return step
+
+    ahead = made_ahead(make, itertools.count(), depth=3)
+    next(ahead)
+    ahead.close()
+    left = list(finished)
+    time.sleep(0.15)
+    assert finished == left
+
+
+def test_an_iteration_that_the_garbage_collector_ends_within_a_threads_start_does_not_stand_still():
+    program = """
+import gc, itertools, threading, time
+from kdcache.stream.ahead import made_ahead
+
+def slowly(step):
+    time.sleep(0.2)
+    return step
+
+ahead = made_ahead(slowly, itertools.count(), depth=3)
+next(ahead)
+cycle = [ahead]
+cycle.append(cycle)
+gc.disable()
+del ahead, cycle
+held = threading._shutdown_locks_lock
+with held:  # as the start of a thread does
+    gc.collect()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
