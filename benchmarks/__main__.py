@@ -18,6 +18,7 @@ from benchmarks import (
     fidelity,
     import_time,
     loss,
+    on_accelerator,
     open_cache,
     precision,
     rate_control,
@@ -42,18 +43,21 @@ BENCHMARKS = {
     "targets": targets.run,
     "below": bytes_below.run,
 }
+ON_ACCELERATOR = {"accelerator-step": on_accelerator.run_step, "accelerator-loss": on_accelerator.run_large_loss}
+"""Run by name, or by default where there is CUDA."""
 OUT = Path(__file__).parent / "out"
 
 
 def main(names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None) -> None:
     """Run benchmarks."""
-    unknown = set(names or ()) - BENCHMARKS.keys()
+    known = {**BENCHMARKS, **ON_ACCELERATOR}
+    unknown = set(names or ()) - known.keys()
     if unknown:
-        raise typer.BadParameter(f"there is no benchmark {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
+        raise typer.BadParameter(f"there is no benchmark {sorted(unknown)}; there are {sorted(known)}")
     torch.set_num_threads(1)
     OUT.mkdir(exist_ok=True)
-    for name in names or BENCHMARKS:
-        rows = BENCHMARKS[name]()
+    for name in names or (known if torch.cuda.is_available() else BENCHMARKS):
+        rows = known[name]()
         (OUT / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
         _print(name, rows)
 

@@ -89,7 +89,7 @@ class GlobalBatches:
     Raises
     ------
     ShapeError
-        The batch size is below 1.
+        The batch size is below 1, or so large that `drop_last` would leave out all examples.
     """
 
     num_examples: int
@@ -99,6 +99,11 @@ class GlobalBatches:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ShapeError(f"batch_size is {self.batch_size}; at least 1 is needed")
+        if self.drop_last and self.batch_size > self.num_examples:
+            raise ShapeError(
+                f"batch_size is {self.batch_size} and there are {self.num_examples} examples: drop_last=True would "
+                "leave all of them out. Make batches smaller, or leave drop_last out"
+            )
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_examples, self.batch_size)

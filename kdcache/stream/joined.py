@@ -137,7 +137,8 @@ class JoinedExamples:
                 raise InputMismatchError(
                     f"example {self.inputs.example_id(index)!r} (position {index} of the inputs) is not the input "
                     f"that the teachers of cache {self.cache.address} saw: its digest differs. Its soft targets would "
-                    "be wrong. Give the dataset the cache was built from, before any augmentation, under the same ids"
+                    "be wrong. Give the dataset the cache was built from, before any augmentation, under the same ids "
+                    "and in the same dtype: float64 is another input than float32"
                 )
 
     def _join(self) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +152,7 @@ class JoinedExamples:
             raise UnknownExampleError(
                 f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
                 f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache "
-                f"{self.cache.num_examples}. {error}"
+                f"{self.cache.num_examples}; to train on those alone that it has, name them: example_ids=. {error}"
             ) from error
         differ = self.indices[num_rows[self.indices] != self.inputs.num_rows[self.indices]]
         if len(differ):
@@ -188,14 +189,14 @@ class JoinedExamples:
         theirs = self.cache.labels if ours is not None and self._checks_inputs else None
         if ours is None or theirs is None:
             return
-        examples = self._example_of_row(self._rows_in_view(self.indices))
-        differ = self.indices[ours[self.indices] != theirs[examples]]
+        kept = theirs[self._example_of_row(self._rows_in_view(self.indices))]
+        differ = np.flatnonzero(ours[self.indices] != kept)
         if len(differ):
-            index = int(differ[0])
+            index = int(self.indices[differ[0]])
             raise InputMismatchError(
                 f"{len(differ)} label(s) differ from those cache {self.cache.address} was built with: example "
-                f"{self.inputs.example_id(index)!r} now has {ours[index]}. Give the transfer set the cache was built "
-                "from, or build a cache from this one"
+                f"{self.inputs.example_id(index)!r} has {ours[index]} here and {kept[differ[0]]} there. Give the "
+                "transfer set the cache was built from, or build a cache from this one"
             )
 
     def _rows_in_view(self, indices: np.ndarray) -> np.ndarray:
