@@ -406,6 +406,8 @@ class SoftTargetCache(OpenExamples):
     def _refuse_missing(self, rows: np.ndarray) -> None:
         """Refuse rows that do not exist, as a reader of files does by itself."""
         document = self.document
+        if len(rows) and rows.view(np.uint64).max() < document.num_rows:  # of the first view; a negative one is huge
+            return
         within = (rows >= 0) & (rows < document.padded_rows * document.num_views)
         exists = within & (rows % document.padded_rows < document.num_rows)
         if not exists.all():
