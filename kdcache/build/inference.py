@@ -7,7 +7,7 @@ __all__ = ["BatchLogits", "Inputs", "shard_logits"]
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from kdcache.errors import (
     TeacherError,
     WrongClassCountError,
 )
+from kdcache.threads import LoopThreads
 from kdcache.transfer_set import TransferSet
 
 LOOK_AHEAD = 2
@@ -273,19 +274,17 @@ def _bytes_of(leaf: Any) -> int:
 
 
 def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]:
-    pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-inputs")
+    threads = LoopThreads(1, "kdcache-inputs")
     waiting: deque[Future[Any]] = deque()
     try:
         for key in keys:
-            waiting.append(pool.submit(inputs.load, key))
+            waiting.append(threads.submit(inputs.load, key))
             if len(waiting) > LOOK_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        # Who is left in a cycle with an error is ended by the garbage collector, wherever that runs: also within the
-        # start of a thread, which holds a lock that waiting for another thread would need.
-        pool.shutdown(wait=False, cancel_futures=True)
+        threads.leave(waiting)
 
 
 class _BatchDataset(Dataset[Any]):

@@ -53,6 +53,7 @@ from kdcache.codecs.row_errors import RowErrors
 from kdcache.documents import BoundDocument, CacheDocument, CertificateDocument, Histogram, Record, TeacherDocument
 from kdcache.errors import CodecError, CorruptCacheError, NonFiniteLogitsError
 from kdcache.store import CacheStore
+from kdcache.threads import LoopThreads
 
 ENCODING_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 """Shards of a process that are encoded and written at once, while the teacher goes on with the next."""
@@ -101,21 +102,22 @@ def run_tasks(
     """
     name = destination.teacher.name
     waiting: deque[tuple[int, Future[Record]]] = deque()
-    with ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="kdcache-encode") as pool:
-        try:
-            for shard_index, logits in _logits_of_each(name, batches, row_map, shard_indices):
-                if isinstance(logits, FailedShard):
-                    yield logits
-                    continue
-                name_row = functools.partial(batches.name_row, shard_index)
-                waiting.append((shard_index, pool.submit(publish_shard, destination, shard_index, logits, name_row)))
-                while len(waiting) > ENCODING_THREADS or (waiting and waiting[0][1].done()):
-                    yield _outcome(name, *waiting.popleft())
-            while waiting:
-                yield _outcome(name, *waiting.popleft())
-        finally:
-            for _, future in waiting:
-                future.cancel()
+    threads = LoopThreads(ENCODING_THREADS, "kdcache-encode")
+    try:
+        for shard_index, logits in _logits_of_each(name, batches, row_map, shard_indices):
+            if isinstance(logits, FailedShard):
+                yield logits
+                continue
+            name_row = functools.partial(batches.name_row, shard_index)
+            waiting.append((shard_index, threads.submit(publish_shard, destination, shard_index, logits, name_row)))
+            while len(waiting) > ENCODING_THREADS or (waiting and waiting[0][1].done()):
+                yield _outcome(name, *waiting[0])
+                waiting.popleft()
+        while waiting:
+            yield _outcome(name, *waiting[0])
+            waiting.popleft()
+    finally:
+        threads.leave([future for _, future in waiting])
 
 
 def _logits_of_each(

@@ -10,7 +10,6 @@ import numpy as np
 
 from kdcache.documents import CacheDocument
 from kdcache.store import CacheStore
-from kdcache.store.ids import ExampleIds, ids_as_given
 
 MAX_HELD_DIGESTS = 2**22
 """Input digests, of 16 bytes each, that are held in memory whole."""
@@ -59,14 +58,6 @@ class OpenExamples:
         if self.num_examples <= MAX_HELD_DIGESTS:
             return None if self.input_digests is None else self.input_digests[example_indices]
         return self._store.example_values("input_digest", example_indices)
-
-    def are_all_in_row_order(self, example_ids: ExampleIds) -> bool:
-        """Tell whether ids are those of all examples in row order, by content; the column of ids is not kept."""
-        given = ids_as_given(example_ids)
-        if len(given) != self.num_examples:
-            return False
-        kept = np.asarray(self._store.example_column("example_id"))
-        return given.dtype == kept.dtype and np.array_equal(given, kept)
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:

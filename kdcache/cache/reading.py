@@ -25,6 +25,7 @@ from kdcache.errors import IncompleteCacheError, ShapeError, UnknownTeacherError
 from kdcache.row_selection import rows_of_examples, select_rows
 from kdcache.soft_targets import SoftTargets
 from kdcache.store import CacheSizes, CacheStore, CodesReader, LocalCopy, ResidentCodes
+from kdcache.store.ids import ids_as_given
 
 if TYPE_CHECKING:
     import zarr
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 RESIDENT_BYTES = 2**31
 """Coded rows up to this size are held in memory, where nothing is said."""
+_COMPARED_BYTES = 2**26
+"""An example table up to this size is read whole to compare ids."""
 
 
 class SoftTargetCache(OpenExamples):
@@ -162,6 +165,18 @@ class SoftTargetCache(OpenExamples):
         self._refuse_view(view_index)
         first_row, num_rows = self._store.lookup(example_ids)
         return first_row + view_index * self.document.padded_rows, num_rows
+
+    def are_all_in_row_order(self, example_ids: Sequence[int] | Sequence[str] | np.ndarray) -> bool:
+        """Tell, by content, whether these are the ids of all examples in row order, and each has one row.
+
+        False also where that would not be told quickly: the build has not finished, or the example table takes more
+        than 64 MiB, or is not the one that complete.json vouches for, so that `locate` has to be asked.
+        """
+        given, document = ids_as_given(example_ids), self.document
+        if self.complete is None or not len(given) == document.num_examples == document.num_rows:
+            return False
+        kept = self._store.vouched_example_ids(self.complete.examples_sha256, max_bytes=_COMPARED_BYTES)
+        return kept is not None and given.dtype == kept.dtype and np.array_equal(given, kept)
 
     def read_rows(self, rows: np.ndarray | Sequence[int], *, teachers: Sequence[str] | None = None) -> SoftTargets:
         """Read soft targets by row number, as `rows_of` gives them.

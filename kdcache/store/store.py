@@ -10,10 +10,11 @@ __all__ = ["CacheStore", "PublishedShard"]
 
 import functools
 import hashlib
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +121,28 @@ class CacheStore(StoredDocuments):
             transfer_set_digest=document.transfer_set_digest,
         )  # fmt: skip
 
+    def vouched_example_ids(self, sha256: str, *, max_bytes: int) -> npt.NDArray[Any] | None:
+        """Read the ids of all examples in row order; None where the table is larger, or is not the one of this digest.
+
+        Parameters
+        ----------
+        sha256 : str
+            Of the table, as complete.json names it.
+        max_bytes : int
+
+        Raises
+        ------
+        CorruptCacheError
+            The table is missing.
+        """
+        place = self._files.place(layout.EXAMPLES)
+        if (self._objects.size(layout.EXAMPLES) or 0) > max_bytes:
+            return None
+        data = self._files.read(place)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            return None
+        return self._example_columns(lambda: io.BytesIO(data)).column("example_id")
+
     def example_column(self, name: str) -> npt.NDArray[Any] | None:
         """Read a single column of the example table by its name in the file; None where it is null throughout."""
         return self._example_columns().column(name)
@@ -143,19 +166,16 @@ class CacheStore(StoredDocuments):
         ShapeError
             There is no such example.
         """
-        return self._example_columns().values(name, example_indices)
-
-    def _example_columns(self) -> ExampleColumns:
         with self._lock:
             if self._columns is None:
-                self._columns = self._open_example_columns()
-        return self._columns
+                self._columns = self._example_columns()
+        return self._columns.values(name, example_indices)
 
-    def _open_example_columns(self) -> ExampleColumns:
+    def _example_columns(self, open_file: Callable[[], IO[bytes]] | None = None) -> ExampleColumns:
         from kdcache.store.parquet import ExampleColumns, RangedFile  # noqa: PLC0415 - opening does without Arrow
 
         place = self._files.place(layout.EXAMPLES)
-        open_file = functools.partial(RangedFile, self._objects, place)
+        open_file = open_file or functools.partial(RangedFile, self._objects, place)
         document = self.cache_document()
         return ExampleColumns(
             open_file, place=place, num_examples=document.num_examples,

@@ -7,9 +7,11 @@ __all__ = ["made_ahead"]
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from kdcache.threads import LoopThreads
 
 Step = TypeVar("Step")
 Made = TypeVar("Made")
@@ -21,7 +23,12 @@ rows in memory. So what is made that quickly, and is therefore small, is handed 
 
 
 def made_ahead(
-    make: Callable[[Step], Made], steps: Iterator[Step], *, depth: int, one_by_one: bool = False
+    make: Callable[[Step], Made],
+    steps: Iterator[Step],
+    *,
+    depth: int,
+    one_by_one: bool = False,
+    release: Callable[[], None] = lambda: None,
 ) -> Generator[Made]:
     """Yield what is made of each step, in order, while the next are made on a thread.
 
@@ -39,10 +46,15 @@ def made_ahead(
     one_by_one : bool
         Ask for each step only when there is room for what is made of it. Else up to eight are asked for and made at
         once where they take less than five milliseconds.
+    release : callable () -> None, optional
+        Called when `make` is over and is not called again: before this ends, but where `make` takes longer than
+        anyone waits for it.
     """
     asked = _Asked(make, steps, is_one_by_one=one_by_one)
     try:
-        asked.ask(1)  # the first alone: what comes behind would take the interpreter from who waits for it
+        # The first alone: what comes behind would take the interpreter from who waits for it. Those that are made one
+        # by one wait for other processes, which all begin at once.
+        asked.ask(depth if one_by_one else 1)
         while asked.waiting:
             done = asked.next()
             if done.error is None:
@@ -53,7 +65,7 @@ def made_ahead(
         if asked.failed is not None:
             raise asked.failed
     finally:
-        asked.leave()
+        asked.leave(release)
 
 
 class _Asked(Generic[Step, Made]):
@@ -66,12 +78,13 @@ class _Asked(Generic[Step, Made]):
         self._steps = steps
         self._is_one_by_one = is_one_by_one
         self._at_once, self._num_waiting = 1, 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-ahead")
+        self._is_left = False
+        self._threads = LoopThreads(1, "kdcache-ahead")
 
     def ask(self, num_steps: int) -> None:
         """Ask until so many are being made or wait, where there are steps; what they raise is kept in `failed`."""
         while self._num_waiting < num_steps and (bunch := self._next_steps()):
-            self.waiting.append(self._pool.submit(_make_all, self._make, bunch))
+            self.waiting.append(self._threads.submit(self._made, bunch))
             self._num_waiting += len(bunch)
 
     def _next_steps(self) -> list[Step]:
@@ -87,19 +100,33 @@ class _Asked(Generic[Step, Made]):
 
     def next(self) -> _Bunch[Made]:
         """Wait for the bunch that comes next."""
-        done = self.waiting.popleft().result()
+        done = self.waiting[0].result()  # it stays among those that are waited for, if this is interrupted
+        self.waiting.popleft()
         self._num_waiting -= done.num_steps
         self._at_once = 1 if self._is_one_by_one else done.number_for(_SECONDS_AT_ONCE)
         return done
 
-    def leave(self) -> None:
-        """Have nothing more made, and wait for what is being made, but for no thread.
+    def leave(self, release: Callable[[], None]) -> None:
+        """Have nothing more made; what is being made is of use to nobody."""
+        self._is_left = True
+        going_on = self._threads.leave(self.waiting)
+        if going_on:
+            going_on[-1].add_done_callback(lambda _: release())
+        else:
+            release()
 
-        Who is left in a cycle with an error is ended by the garbage collector, wherever that runs: also within the
-        start of a thread, which holds a lock that waiting for another thread would need.
-        """
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        wait([future for future in self.waiting if not future.cancel()])
+    def _made(self, steps: list[Step]) -> _Bunch[Made]:
+        start = time.perf_counter()
+        made: list[Made] = []
+        error = None
+        try:
+            for step in steps:
+                if self._is_left:
+                    break
+                made.append(self._make(step))
+        except Exception as failed:  # noqa: BLE001 - raised where what was made before it has been given
+            error = failed
+        return _Bunch(made, len(steps), time.perf_counter() - start, error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +139,3 @@ class _Bunch(Generic[Made]):
     def number_for(self, seconds: float) -> int:
         """Say how many such could be made in some time: from 1 to 8."""
         return max(1, min(_MOST_AT_ONCE, int(seconds * self.num_steps / max(self.seconds, 1e-9))))
-
-
-def _make_all(make: Callable[[Step], Made], steps: list[Step]) -> _Bunch[Made]:
-    start = time.perf_counter()
-    made: list[Made] = []
-    error = None
-    try:
-        made.extend(make(step) for step in steps)
-    except Exception as failed:  # noqa: BLE001 - raised where what was made before it has been given
-        error = failed
-    return _Bunch(made, len(steps), time.perf_counter() - start, error)

@@ -127,8 +127,6 @@ class GlobalBatches:
                 f"a global batch of {self.batch_size} examples cannot be shared by {topology.world_size} ranks; give a "
                 "batch_size of world_size or more: it counts the examples of all ranks together"
             )
-        if not len(self):
-            return
         start, stop = self.positions(len(self) - 1)
         if stop - start < topology.world_size:
             raise ShapeError(

@@ -152,7 +152,7 @@ class JoinedExamples:
             raise UnknownExampleError(
                 f"the inputs' ids are not those cache {self.cache.address} was built with: give them, TransferSet("
                 f"dataset, example_ids=...). The inputs have {len(self.inputs)} examples, the cache "
-                f"{self.cache.num_examples}; to train on those alone that it has, name them: example_ids=. {error}"
+                f"{self.cache.num_examples}; where it has some of them, train on those alone: example_ids=. {error}"
             ) from error
         differ = self.indices[num_rows[self.indices] != self.inputs.num_rows[self.indices]]
         if len(differ):
@@ -166,8 +166,8 @@ class JoinedExamples:
     def _located(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cache = self.cache
         has_view = 0 <= self.view_index < cache.num_views
-        if has_view and cache.document.num_rows == cache.num_examples and cache.are_all_in_row_order(ids):
-            # All examples, a row each, as they were built: looking them up takes ten times as long as comparing.
+        if has_view and cache.are_all_in_row_order(ids):
+            # The usual case: looking all of them up takes several times as long as comparing.
             first_row = np.arange(cache.num_examples) + self.view_index * cache.document.padded_rows
             return first_row, np.ones(cache.num_examples, np.int32)
         return cache.locate(ids, view_index=self.view_index)

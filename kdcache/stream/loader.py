@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["SoftTargetLoader"]
 
-import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +97,8 @@ class SoftTargetLoader:
     UnknownExampleError
         An example of `inputs` is not in the cache.
     ShapeError
-        An example has another number of rows than in the cache; a batch has fewer examples than there are ranks.
+        An example has another number of rows than in the cache; a batch has fewer examples than there are ranks, or with
+        `drop_last` more than there are at all.
     InputMismatchError
         The inputs have other views or labels than the cache; while iterating: an input is not the one that the teachers
         saw.
@@ -277,8 +277,6 @@ class SoftTargetLoader:
             else:
                 self._end(epoch)
             yield batch
-        if start >= len(self):  # nothing was left of it
-            self._end(epoch)
 
     def _end(self, epoch: int) -> None:
         self._epoch = epoch + 1
@@ -289,19 +287,20 @@ class SoftTargetLoader:
         order = self._epochs.order(epoch)
         asked: deque[_Step] = deque(maxlen=2 * self._prefetch_batches + 2)
         wanted = Wanted(self._batches, topology, start)
-        with contextlib.closing(self._source.reading(order, wanted)) as reading:
-            ahead = made_ahead(
-                lambda step: self._make(step, reading),
-                _noted(self._steps(order, epoch, start, topology), asked),
-                depth=self._prefetch_batches,
-                one_by_one=self._reader.num_workers > 0,
-            )
-            try:
-                for batch, copied in ahead:
-                    yield self._transfer.received(batch, copied)
-            finally:
-                self._reader.forget(step.inputs for step in asked)
-                ahead.close()
+        reading = self._source.reading(order, wanted)
+        ahead = made_ahead(
+            lambda step: self._make(step, reading),
+            _noted(self._steps(order, epoch, start, topology), asked),
+            depth=self._prefetch_batches,
+            one_by_one=self._reader.num_workers > 0,
+            release=reading.close,
+        )
+        try:
+            for batch, copied in ahead:
+                yield self._transfer.received(batch, copied)
+        finally:
+            self._reader.forget(step.inputs for step in asked)
+            ahead.close()
 
     def _steps(self, order: Order, epoch: int, start: int, topology: Topology) -> Iterator[_Step]:
         """Give what each step needs, from a batch on: this rank's examples, whose inputs are asked for."""

@@ -11,7 +11,7 @@ __all__ = ["AnnouncingBatchSampler", "LookAhead", "announcing_copy", "ids_by_pos
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from kdcache.errors import KdcacheError, OptionError, TransferSetError
 from kdcache.store.ids import normal_ids
+from kdcache.threads import LoopThreads
 
 Read = TypeVar("Read")
 
@@ -43,15 +44,15 @@ class LookAhead(Generic[Read]):
         self._ids = ids
         self._read = read
         self._waiting: deque[_Announced | None] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-join")
+        self._threads = LoopThreads(1, "kdcache-join")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the thread, and forget what it read."""
+        self._threads.leave([announced.reading for announced in self._waiting if announced is not None])
         self._waiting.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def announce(self, indices: Any) -> None:
         """Begin to read what stands at some positions, or note that a batch comes of which nothing is known."""
@@ -59,7 +60,7 @@ class LookAhead(Generic[Read]):
         if positions is None:
             self._waiting.append(None)
         else:
-            self._waiting.append(_Announced(self._ids[positions], self._pool.submit(self._read, positions)))
+            self._waiting.append(_Announced(self._ids[positions], self._threads.submit(self._read, positions)))
 
     def take(self, ids: np.ndarray) -> Read | None:
         """Give what was read for exactly these ids, in this order; None where it was not.

@@ -15,7 +15,6 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +29,7 @@ from kdcache.store.reader import DECODING_THREADS
 from kdcache.stream.batches import Wanted
 from kdcache.stream.epochs import Epochs, Windows
 from kdcache.stream.order import Order, WindowedOrder
+from kdcache.threads import LoopThreads
 
 _PIECE_BYTES = 2**21
 """What is decoded at a time: small beside a step, and enough that batches are made some at a time in between. Each of
@@ -92,7 +92,7 @@ class _Reading:
         self._room = room
         is_far = any(reader.is_far for reader in room.readers)
         # Near, who makes the batches also decodes: threads that want the interpreter at once cost a third more.
-        self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="kdcache-windows") if is_far else None
+        self._threads = LoopThreads(DECODING_THREADS, "kdcache-windows") if is_far else None
         self._windows: deque[_Window] = deque()
         self._has_given = False  # a window behind the first would keep the first batch waiting
         self._begun_at = 0  # the position given when the window behind was begun
@@ -124,9 +124,9 @@ class _Reading:
         return self._source.cache.wrap(codes, teachers=self._source.teachers)
 
     def close(self) -> None:
-        """End the threads; what they are at is finished, the rest left."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads; what they are at is finished into memory that nobody else is given, the rest left."""
+        if self._threads is not None:
+            self._threads.leave(())
         if not self._source._idle:  # noqa: SLF001 - its own kind
             self._source._idle.append(self._room)  # noqa: SLF001 - its own kind
 
@@ -157,7 +157,7 @@ class _Reading:
 
         What is damaged there takes away nothing of this one: it is an error when its turn comes.
         """
-        if self._pool is None and len(self._windows) > 1:
+        if self._threads is None and len(self._windows) > 1:
             window, following = self._windows
             with contextlib.suppress(KdcacheError):
                 following.decode((position + 1 - self._begun_at) / (window.end - self._begun_at))
@@ -169,14 +169,14 @@ class _Reading:
         rows, num_rows = epochs.joined.rows_of(epochs.indices_at(self._order, positions))
         arrays = self._room.take(len(rows))
         places = np.argsort(rows, kind="stable")
-        pieces = _cut_between_blocks(rows[places], self._source.windows, is_far=self._pool is not None)
+        pieces = _cut_between_blocks(rows[places], self._source.windows, is_far=self._threads is not None)
         tasks = [
             functools.partial(reader.scatter, rows[places[piece]], array, places[piece])
             for piece in pieces
             for reader, array in zip(self._room.readers, arrays, strict=True)
         ]
         loading: deque[Callable[[], None]] = deque(
-            tasks if self._pool is None else [self._pool.submit(task).result for task in tasks]
+            tasks if self._threads is None else [self._threads.submit(task).result for task in tasks]
         )
         first_rows = np.concatenate([[0], np.cumsum(num_rows)])
         return _Window(end, positions, first_rows, arrays, len(loading), loading)

@@ -9,13 +9,14 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.documents import Record
 from kdcache.errors import CorruptCacheError, KdcacheError, StoreError
 from kdcache.store import CacheStore, layout
+from kdcache.threads import LoopThreads
 from kdcache.verify.decoding import TeacherDecoding
 from kdcache.verify.documents import as_written
 from kdcache.verify.findings import Finding, Kind, Level, kind_of_error
@@ -83,19 +84,19 @@ class ShardChecks:
         """Yield every shard of every teacher, in order; of teachers that are being built, those that stand."""
         num_threads = DECODING_THREADS if self._level == "deep" else NUM_THREADS
         waiting: deque[Future[CheckedShard]] = deque()
-        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-verify")
+        threads = LoopThreads(num_threads, "kdcache-verify")
         try:
             for name in self._standing.names:
                 for shard_index in self._shards[name]:
-                    waiting.append(pool.submit(self._checked, name, shard_index))
+                    waiting.append(threads.submit(self._checked, name, shard_index))
                     if len(waiting) > 2 * num_threads:
-                        yield waiting.popleft().result()
+                        yield waiting[0].result()
+                        waiting.popleft()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting[0].result()
+                waiting.popleft()
         finally:
-            # Not for threads: the garbage collector may end this within the start of one, which holds their lock.
-            pool.shutdown(wait=False, cancel_futures=True)
-            wait([future for future in waiting if not future.cancel()])
+            threads.leave(waiting)
 
     def _shards_of(self, name: str) -> Sequence[int]:
         """Give the shards to look at: all, or by lists those that stand, for a plan may claim any number of them."""

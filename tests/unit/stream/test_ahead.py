@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import subprocess
-import sys
 import threading
 import time
 
@@ -68,18 +67,6 @@ def test_what_was_made_before_an_error_is_given_before_it(one_by_one):
     assert given == list(range(20))
 
 
-def test_an_iteration_that_is_left_leaves_no_thread():
-    before = threading.active_count()
-    ahead = made_ahead(slowly, itertools.count(), depth=2)
-    next(ahead)
-    ahead.close()
-    for _ in range(100):  # nobody waits for the thread itself
-        if threading.active_count() == before:
-            return
-        time.sleep(0.01)
-    raise AssertionError(threading.enumerate())
-
-
 def failing_steps():
     yield from range(5)
     raise ValueError("no more steps")
@@ -93,52 +80,71 @@ def test_what_was_asked_for_before_steps_fail_is_given_before_their_error(make):
     assert given == list(range(5))
 
 
-def test_the_first_is_made_alone():
-    started = []
+def noted(asked):
+    for step in range(20):
+        asked.append(step)
+        yield step
+
+
+@pytest.mark.parametrize(("one_by_one", "expected"), [(False, [0]), (True, [0, 1, 2])])
+def test_the_first_is_made_alone_but_where_processes_are_at_several(one_by_one, expected):
+    asked, asked_by_then = [], []
 
     def make(step):
-        started.append(step)
-        time.sleep(0.02)
-        return list(started)
+        time.sleep(0.1)
+        asked_by_then.append(list(asked))
+        return step
 
-    ahead = made_ahead(make, iter(range(9)), depth=3)
-    assert next(ahead) == [0]
+    ahead = made_ahead(make, noted(asked), depth=3, one_by_one=one_by_one)
+    next(ahead)
     ahead.close()
+    assert asked_by_then[0] == expected
+
+
+class Making:
+    """Makes at once what comes first, and goes on with the second until it may end."""
+
+    def __init__(self) -> None:
+        self.has_begun, self.may_end, self.finished = threading.Event(), threading.Event(), []
+
+    def __call__(self, step):
+        if step:
+            self.has_begun.set()
+            self.may_end.wait(30)
+        self.finished.append(step)
+        return step
 
 
 def test_what_is_being_made_is_waited_for_when_an_iteration_is_left():
-    finished = []
-
-    def make(step):
-        time.sleep(0.05)
-        finished.append(step)
-        return step
-
-    ahead = made_ahead(make, itertools.count(), depth=3)
+    making, released = Making(), []
+    ahead = made_ahead(making, itertools.count(), depth=2, release=lambda: released.append(list(making.finished)))
     next(ahead)
+    making.has_begun.wait(30)
+    threading.Timer(0.1, making.may_end.set).start()
     ahead.close()
-    left = list(finished)
-    time.sleep(0.15)
-    assert finished == left
+    assert released == [making.finished] == [[0, 1]]
 
 
-def test_an_iteration_that_the_garbage_collector_ends_within_a_threads_start_does_not_stand_still():
-    program = """
-import gc, itertools, threading, time
-from kdcache.stream.ahead import made_ahead
+def test_what_takes_longer_than_anyone_waits_is_released_when_it_ends(monkeypatch):
+    monkeypatch.setattr("kdcache.threads._SECONDS_TO_LEAVE", 0.05)
+    making, released = Making(), threading.Event()
+    ahead = made_ahead(making, itertools.count(), depth=1, release=released.set)
+    next(ahead)
+    making.has_begun.wait(30)
+    ahead.close()
+    assert not released.is_set()
+    making.may_end.set()
+    assert released.wait(30)
 
-def slowly(step):
-    time.sleep(0.2)
-    return step
 
-ahead = made_ahead(slowly, itertools.count(), depth=3)
-next(ahead)
-cycle = [ahead]
-cycle.append(cycle)
-gc.disable()
-del ahead, cycle
-held = threading._shutdown_locks_lock
-with held:  # as the start of a thread does
-    gc.collect()
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+@pytest.mark.parametrize("end", ["exhausted", "failed", "left"])
+def test_all_is_released_once_however_an_iteration_ends(end):
+    released = []
+    steps = failing_steps() if end == "failed" else iter(range(5))
+    ahead = made_ahead(slowly, steps, depth=2, release=lambda: released.append(end))
+    with contextlib.suppress(ValueError):
+        for given in ahead:
+            if end == "left" and given == 2:
+                break
+    ahead.close()
+    assert released == [end]

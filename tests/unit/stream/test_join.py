@@ -649,8 +649,12 @@ def test_a_loader_without_state_does_not_pretend_to_have_one(cache, method):
 # Look-ahead -----------------------------------------------------------------------------------------------------------
 
 
-def look_ahead_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kdcache-join")]
+def look_ahead_threads():
+    """Those that are left once they had time to end: nobody waits for the threads of a loop themselves."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-join")]
+    for thread in threads:
+        thread.join(30)
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 class Readings:

@@ -8,8 +8,10 @@ import threading
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from tiny_caches import TinyTeacher, build_tiny, tiny_inputs, tiny_labels, tiny_teachers, tiny_transfer_set
 from torch import nn
 
@@ -503,6 +505,58 @@ def test_a_state_of_a_loader_with_other_batches_is_refused(cache, other):
         loader_of(cache, **{"seed": 3, **other}).load_state_dict(state)
 
 
+# An example table in another order ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[INTEGER_IDS, STRING_IDS], ids=["integers", "strings"])
+def reordered(request, tmp_path):
+    """A cache whose example table somebody sorted by id, checksums, label and digests included; and its ids."""
+    ids = request.param
+    echo_cache(tmp_path / "cache", tiny_transfer_set(example_ids=ids))
+    file = tmp_path / "cache" / "examples.parquet"
+    table = parquet.read_table(file).sort_by("example_id")
+    assert table["example_id"].to_pylist() != ids
+    assert sorted(table["first_row"].to_pylist()) == list(range(40))
+    # As a tool would that lays the rows out afresh: each example's first row is again the sum of those before.
+    table = table.set_column(
+        table.schema.get_field_index("first_row"), table.schema.field("first_row"), pa.array(range(40), pa.int64())
+    )
+    parquet.write_table(table, file, write_page_checksum=True)
+    return open_cache(tmp_path / "cache"), ids
+
+
+def test_inputs_in_the_order_of_a_table_that_was_reordered_are_joined_by_the_index(reordered):
+    cache, ids = reordered
+    order = np.argsort(np.array(ids))
+    inputs = TransferSet.from_arrays(tiny_inputs()[order], example_ids=[ids[place] for place in order])
+    with pytest.raises(InputMismatchError):  # whose digests are those of the reordered table
+        list(loader_of(cache, inputs))
+
+
+def test_ids_of_a_table_that_was_reordered_are_joined_by_the_index(reordered):
+    cache, ids = reordered
+    places = {key: place for place, key in enumerate(ids)}
+    for example_ids, _, soft_targets in SoftTargetLoader(cache, batch_size=7):
+        indices = [places[key] for key in (example_ids if isinstance(example_ids, list) else example_ids.tolist())]
+        assert torch.allclose(soft_targets.logits()[:, 0], tiny_inputs()[indices])
+
+
+@pytest.mark.parametrize("ids", [None, INTEGER_IDS, STRING_IDS], ids=["positions", "integers", "strings"])
+def test_examples_in_row_order_are_told_by_content(tmp_path, ids):
+    cache = echo_cache(tmp_path / "cache", tiny_transfer_set(example_ids=ids))
+    own = list(range(40)) if ids is None else ids
+    assert cache.are_all_in_row_order(own)
+    assert cache.are_all_in_row_order(np.array(own, object if isinstance(own[0], str) else np.int64))
+    for other in (own[:-1], [*own, own[0]], own[::-1], [own[1], own[0], *own[2:]], [str(key) for key in range(40)]):
+        assert not cache.are_all_in_row_order(other)
+
+
+def test_an_unfinished_cache_is_not_joined_by_comparing(tmp_path):
+    echo_cache(tmp_path / "cache")
+    (tmp_path / "cache" / "complete.json").unlink()
+    assert not open_cache(tmp_path / "cache", allow_incomplete=True).are_all_in_row_order(range(40))
+
+
 # Threads --------------------------------------------------------------------------------------------------------------
 
 
@@ -514,13 +568,13 @@ def test_two_loaders_of_one_cache_do_not_disturb_each_other(cache, tier):
 
 
 def test_a_loop_that_is_left_leaves_no_thread(cache, tier):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in loader_of(cache, **tier):
         break
     cache.hold_in_memory()  # ends what the tier "memory" does behind the rows that were asked for
-    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-resident")]:
-        thread.join()
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_unfinished_cache_is_streamed_with_a_mask(tmp_path):
