@@ -97,8 +97,8 @@ class SoftTargetLoader:
     UnknownExampleError
         An example of `inputs` is not in the cache.
     ShapeError
-        An example has another number of rows than in the cache; a batch has fewer examples than there are ranks, or with
-        `drop_last` more than there are at all.
+        An example has another number of rows than in the cache; a batch has fewer examples than there are ranks, or
+        with `drop_last` more than there are at all.
     InputMismatchError
         The inputs have other views or labels than the cache; while iterating: an input is not the one that the teachers
         saw.
