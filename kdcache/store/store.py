@@ -12,9 +12,9 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +141,7 @@ class CacheStore(StoredDocuments):
         data = self._files.read(place)
         if hashlib.sha256(data).hexdigest() != sha256:
             return None
-        return self._example_columns(lambda: io.BytesIO(data)).column("example_id")
+        return self._example_columns(data).column("example_id")
 
     def example_column(self, name: str) -> npt.NDArray[Any] | None:
         """Read a single column of the example table by its name in the file; None where it is null throughout."""
@@ -171,15 +171,14 @@ class CacheStore(StoredDocuments):
                 self._columns = self._example_columns()
         return self._columns.values(name, example_indices)
 
-    def _example_columns(self, open_file: Callable[[], IO[bytes]] | None = None) -> ExampleColumns:
+    def _example_columns(self, data: bytes | None = None) -> ExampleColumns:
         from kdcache.store.parquet import ExampleColumns, RangedFile  # noqa: PLC0415 - opening does without Arrow
 
         place = self._files.place(layout.EXAMPLES)
-        open_file = open_file or functools.partial(RangedFile, self._objects, place)
         document = self.cache_document()
         return ExampleColumns(
-            open_file, place=place, num_examples=document.num_examples,
-            transfer_set_digest=document.transfer_set_digest,
+            functools.partial(RangedFile, self._objects, place) if data is None else functools.partial(io.BytesIO, data),
+            place=place, num_examples=document.num_examples, transfer_set_digest=document.transfer_set_digest,
         )  # fmt: skip
 
     def examples_place(self) -> Place:
