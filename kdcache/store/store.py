@@ -175,10 +175,11 @@ class CacheStore(StoredDocuments):
         from kdcache.store.parquet import ExampleColumns, RangedFile  # noqa: PLC0415 - opening does without Arrow
 
         place = self._files.place(layout.EXAMPLES)
+        whole = None if data is None else functools.partial(io.BytesIO, data)
         document = self.cache_document()
         return ExampleColumns(
-            functools.partial(RangedFile, self._objects, place) if data is None else functools.partial(io.BytesIO, data),
-            place=place, num_examples=document.num_examples, transfer_set_digest=document.transfer_set_digest,
+            whole or functools.partial(RangedFile, self._objects, place), place=place,
+            num_examples=document.num_examples, transfer_set_digest=document.transfer_set_digest,
         )  # fmt: skip
 
     def examples_place(self) -> Place:
