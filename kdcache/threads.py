@@ -6,11 +6,11 @@ __all__ = ["LoopThreads"]
 
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-_SECONDS_TO_LEAVE = 5.0
+SECONDS_TO_LEAVE = 5.0
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -22,17 +22,26 @@ class LoopThreads:
     A loop that is left in a cycle, with an error's traceback say, is ended by the garbage collector, wherever that
     runs: within the start of another thread, which holds a lock that the end of any thread needs; in one of these
     threads; in a process that was forked meanwhile, where none of them is. So nobody waits for threads here, only for
-    what they are at, and for that not for ever.
+    what they are at, and for that not for ever. A program that ends does wait for it.
 
     Parameters
     ----------
     num_threads : int
     name : str
         Of the threads, for people.
+    seconds_to_leave : float, optional
+        How long `leave` waits at most.
     """
 
-    def __init__(self, num_threads: int, name: str) -> None:
+    def __init__(self, num_threads: int, name: str, *, seconds_to_leave: float | None = None) -> None:
         self._process = os.getpid()
+        self._seconds_to_leave = seconds_to_leave
+        self._lock = threading.RLock()  # the collector may run `leave` in a thread that holds it
+        self._num_running = 0
+        self._is_idle = threading.Event()
+        self._is_left = False
+        self._release: Callable[[], None] | None = None
+        self._is_idle.set()
         own = self._own = set[int]()
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix=name, initializer=lambda: own.add(threading.get_ident())
@@ -42,20 +51,47 @@ class LoopThreads:
         self, work: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Future[Result]:
         """Have something done by the next thread that is free."""
-        return self._pool.submit(work, *args, **kwargs)
+        return self._pool.submit(self._run, work, *args, **kwargs)
 
-    def leave(self, asked: Iterable[Future[Any]]) -> list[Future[Any]]:
-        """Have nothing more begun, and wait some seconds for what is under way; gives what goes on behind that.
+    def leave(self, release: Callable[[], None] | None = None) -> None:
+        """Have nothing more begun, and wait some seconds for what is under way.
 
         Parameters
         ----------
-        asked : iterable of Future
-            What was submitted and is of no use any more.
+        release : callable () -> None, optional
+            Called once nothing is under way any more, by whoever is last; never in another process.
         """
-        begun = [future for future in asked if not future.cancel()]
         if self._process != os.getpid():
-            return begun
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if threading.get_ident() not in self._own:
-            wait(begun, _SECONDS_TO_LEAVE)
-        return [future for future in begun if not future.done()]
+            return
+        with self._lock:
+            self._is_left = True
+            self._release = release
+        try:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            if threading.get_ident() not in self._own:
+                self._is_idle.wait(SECONDS_TO_LEAVE if self._seconds_to_leave is None else self._seconds_to_leave)
+        finally:
+            self._release_if_idle()
+
+    def _run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            if self._is_left:
+                return None
+            self._num_running += 1
+            self._is_idle.clear()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if not self._num_running:
+                    self._is_idle.set()
+            self._release_if_idle()
+
+    def _release_if_idle(self) -> None:
+        with self._lock:
+            release, is_over = self._release, self._is_left and not self._num_running
+            if is_over:
+                self._release = None
+        if is_over and release is not None:
+            release()

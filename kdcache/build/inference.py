@@ -4,11 +4,12 @@ from __future__ import annotations
 
 __all__ = ["BatchLogits", "Inputs", "shard_logits"]
 
+import contextlib
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from kdcache.errors import (
     TeacherError,
     WrongClassCountError,
 )
+from kdcache.store.locks import OwnLock
 from kdcache.threads import LoopThreads
 from kdcache.transfer_set import TransferSet
 
@@ -49,13 +51,15 @@ class Inputs:
     transfer_set: TransferSet
     row_map: RowMap
     num_workers: int = 0
+    _turn: OwnLock = field(default_factory=OwnLock, init=False, repr=False, compare=False)
+    """Of who loads: a stream that was left may be at its last batch when another begins, and a dataset is for one."""
 
     @property
     def held_batches(self) -> int:
         """Batches that are held at most: those loaded ahead, one as single inputs and as a whole, and the teacher's."""
         return LOOK_AHEAD * max(1, self.num_workers) + 3
 
-    def batches(self, keys: Sequence[BatchKey]) -> Iterator[Any]:
+    def batches(self, keys: Sequence[BatchKey]) -> Generator[Any]:
         """Yield the inputs of batches, in the order of `keys`."""
         if self.num_workers:
             yield from _load_with_processes(self, keys)
@@ -71,8 +75,9 @@ class Inputs:
             The dataset now gives another input for an example.
         """
         indices = self.row_map.examples_of_batch(key)
-        self._check_input(int(indices[key.batch_index % len(indices)]))
-        return self.transfer_set.read_inputs(indices, view_index=key.view_index)
+        with self._turn:
+            self._check_input(int(indices[key.batch_index % len(indices)]))
+            return self.transfer_set.read_inputs(indices, view_index=key.view_index)
 
     def name_row(self, view_index: int, row: int) -> str:
         """Say which example a row of a view's block is of."""
@@ -138,14 +143,14 @@ class BatchLogits:
         ------
         TeacherError, NonFiniteLogitsError, WrongClassCountError, InputMismatchError
         """
-        loaded = self._inputs.batches([key for key in keys if key not in self._kept])
-        for key in keys:
-            if key in self._kept:
-                yield self._kept[key]
-                continue
-            inputs = next(loaded)
-            self.largest_input_bytes = max(self.largest_input_bytes, _nested_bytes(inputs))
-            yield self._checked(key, self._logits(key, inputs))
+        with contextlib.closing(self._inputs.batches([key for key in keys if key not in self._kept])) as loaded:
+            for key in keys:
+                if key in self._kept:
+                    yield self._kept[key]
+                    continue
+                inputs = next(loaded)
+                self.largest_input_bytes = max(self.largest_input_bytes, _nested_bytes(inputs))
+                yield self._checked(key, self._logits(key, inputs))
 
     def name_row(self, shard_index: int, row: int) -> str:
         """Say which example a row of a shard is of."""
@@ -284,7 +289,7 @@ def _load_with_thread(inputs: Inputs, keys: Sequence[BatchKey]) -> Iterator[Any]
         while waiting:
             yield waiting.popleft().result()
     finally:
-        threads.leave(waiting)
+        threads.leave()
 
 
 class _BatchDataset(Dataset[Any]):

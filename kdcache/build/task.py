@@ -58,6 +58,8 @@ from kdcache.threads import LoopThreads
 ENCODING_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 """Shards of a process that are encoded and written at once, while the teacher goes on with the next."""
 
+_SECONDS_TO_PUBLISH = 600.0
+"""How long a build that stops waits for the shards that it is at: whoever goes on afterwards shall not meet them."""
 HASHING_THREADS = 8
 """Published shards looked at once when a build is resumed."""
 
@@ -102,7 +104,7 @@ def run_tasks(
     """
     name = destination.teacher.name
     waiting: deque[tuple[int, Future[Record]]] = deque()
-    threads = LoopThreads(ENCODING_THREADS, "kdcache-encode")
+    threads = LoopThreads(ENCODING_THREADS, "kdcache-encode", seconds_to_leave=_SECONDS_TO_PUBLISH)
     try:
         for shard_index, logits in _logits_of_each(name, batches, row_map, shard_indices):
             if isinstance(logits, FailedShard):
@@ -111,13 +113,11 @@ def run_tasks(
             name_row = functools.partial(batches.name_row, shard_index)
             waiting.append((shard_index, threads.submit(publish_shard, destination, shard_index, logits, name_row)))
             while len(waiting) > ENCODING_THREADS or (waiting and waiting[0][1].done()):
-                yield _outcome(name, *waiting[0])
-                waiting.popleft()
+                yield _outcome(name, *waiting.popleft())
         while waiting:
-            yield _outcome(name, *waiting[0])
-            waiting.popleft()
+            yield _outcome(name, *waiting.popleft())
     finally:
-        threads.leave([future for _, future in waiting])
+        threads.leave()
 
 
 def _logits_of_each(

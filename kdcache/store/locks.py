@@ -51,6 +51,9 @@ class OwnLock:
     ) -> None:
         self._lock.release()
 
+    def __reduce__(self) -> tuple[type[OwnLock], tuple[()]]:
+        return OwnLock, ()  # another process has its own
+
     def renew(self) -> None:
         """Be open, whoever held the lock when this process was forked."""
         self._lock = threading.Lock()

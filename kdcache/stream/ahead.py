@@ -100,8 +100,7 @@ class _Asked(Generic[Step, Made]):
 
     def next(self) -> _Bunch[Made]:
         """Wait for the bunch that comes next."""
-        done = self.waiting[0].result()  # it stays among those that are waited for, if this is interrupted
-        self.waiting.popleft()
+        done = self.waiting.popleft().result()
         self._num_waiting -= done.num_steps
         self._at_once = 1 if self._is_one_by_one else done.number_for(_SECONDS_AT_ONCE)
         return done
@@ -109,11 +108,7 @@ class _Asked(Generic[Step, Made]):
     def leave(self, release: Callable[[], None]) -> None:
         """Have nothing more made; what is being made is of use to nobody."""
         self._is_left = True
-        going_on = self._threads.leave(self.waiting)
-        if going_on:
-            going_on[-1].add_done_callback(lambda _: release())
-        else:
-            release()
+        self._threads.leave(release)
 
     def _made(self, steps: list[Step]) -> _Bunch[Made]:
         start = time.perf_counter()

@@ -27,6 +27,7 @@ import torch
 import torch.multiprocessing  # registers how tensors are pickled
 
 from kdcache.errors import OptionError, WorkerError
+from kdcache.store.locks import OwnLock
 from kdcache.transfer_set import TransferSet
 
 _SEED_BYTES = 8
@@ -91,6 +92,7 @@ class InputReader:
         self._start_method = start_method
         self._worker_init = worker_init
         self._pool: ProcessPoolExecutor | None = None
+        self._turn = OwnLock()
 
     def start(self) -> None:
         """Start the workers, from this thread, unless they run; they are kept until `close`."""
@@ -125,14 +127,18 @@ class InputReader:
             Waits for the answer. Raises what reading raised; WorkerError where a worker died.
         """
         if self.num_workers == 0:
-            return lambda: self._reading.read(indices, checked)
+            return lambda: self._read_here(indices, checked)
         if self._pool is None:
             raise _closed()
         try:
             future = self._pool.submit(_read, indices, checked, "|".join(map(str, seed)))
         except BrokenProcessPool as error:
-            raise self._lost(error) from error
-        return _Answer(future, self)
+            raise self._lost(self._pool, error) from error
+        return _Answer(future, self, self._pool)
+
+    def _read_here(self, indices: np.ndarray, checked: np.ndarray) -> InputBatch:
+        with self._turn:  # an epoch that was left may be at its last batch yet, and a dataset is for one at a time
+            return self._reading.read(indices, checked)
 
     def forget(self, answers: Iterable[Callable[[], InputBatch]]) -> None:
         """Let workers leave what nobody waits for any more."""
@@ -146,8 +152,9 @@ class InputReader:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def _lost(self, error: BrokenProcessPool) -> WorkerError:
-        self._pool = None  # the next epoch starts others
+    def _lost(self, pool: ProcessPoolExecutor, error: BrokenProcessPool) -> WorkerError:
+        if self._pool is pool:  # the next epoch starts others
+            self._pool = None
         return WorkerError(
             f"the {self.num_workers} worker(s) that read inputs are lost ({error}): one was killed, perhaps for want "
             "of memory or by a fault in the dataset's own code, or worker_init failed. No batch was skipped: "
@@ -163,12 +170,13 @@ class InputReader:
 class _Answer:
     future: Future[InputBatch]
     reader: InputReader
+    pool: ProcessPoolExecutor
 
     def __call__(self) -> InputBatch:
         try:
             return self.future.result()
         except BrokenProcessPool as error:
-            raise self.reader._lost(error) from error  # noqa: SLF001 - its own kind
+            raise self.reader._lost(self.pool, error) from error  # noqa: SLF001 - its own kind
         except CancelledError as error:
             raise _closed() from error
 

@@ -51,8 +51,8 @@ class LookAhead(Generic[Read]):
 
     def __exit__(self, *_: object) -> None:
         """End the thread, and forget what it read."""
-        self._threads.leave([announced.reading for announced in self._waiting if announced is not None])
         self._waiting.clear()
+        self._threads.leave()
 
     def announce(self, indices: Any) -> None:
         """Begin to read what stands at some positions, or note that a batch comes of which nothing is known."""

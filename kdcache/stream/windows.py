@@ -126,7 +126,7 @@ class _Reading:
     def close(self) -> None:
         """End the threads; what they are at is finished into memory that nobody else is given, the rest left."""
         if self._threads is not None:
-            self._threads.leave(())
+            self._threads.leave()
         if not self._source._idle:  # noqa: SLF001 - its own kind
             self._source._idle.append(self._room)  # noqa: SLF001 - its own kind
 

@@ -90,13 +90,11 @@ class ShardChecks:
                 for shard_index in self._shards[name]:
                     waiting.append(threads.submit(self._checked, name, shard_index))
                     if len(waiting) > 2 * num_threads:
-                        yield waiting[0].result()
-                        waiting.popleft()
+                        yield waiting.popleft().result()
             while waiting:
-                yield waiting[0].result()
-                waiting.popleft()
+                yield waiting.popleft().result()
         finally:
-            threads.leave(waiting)
+            threads.leave()
 
     def _shards_of(self, name: str) -> Sequence[int]:
         """Give the shards to look at: all, or by lists those that stand, for a plan may claim any number of them."""
