@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,45 @@ def logits_of(run, shards, *, batch_size=12, shard_rows=16, transfer_set=None, n
     row_map = RowMap(plan, transfer_set.num_rows)
     batches = BatchLogits("a", run, Inputs(transfer_set, row_map, num_workers), num_classes=6)
     return dict(shard_logits(batches, row_map, shards))
+
+
+class OneAtATime:
+    """A dataset that two threads may not read at a time, and that takes its time."""
+
+    def __init__(self) -> None:
+        self.inputs, self.num_reading, self.most_reading = tiny_inputs(), 0, 0
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        self.num_reading += 1
+        self.most_reading = max(self.most_reading, self.num_reading)
+        time.sleep(0.005)
+        self.num_reading -= 1
+        return self.inputs[index]
+
+
+def test_a_dataset_is_read_by_one_thread_also_when_a_teacher_failed(monkeypatch):
+    monkeypatch.setattr("kdcache.threads.SECONDS_TO_LEAVE", 0.001)
+    dataset, run, failed = OneAtATime(), BatchDependent(), []
+    transfer_set = TransferSet(dataset)
+    plan = make_plan(transfer_set, [FINGERPRINT], codec=Codes(), num_classes=6, batch_size=12, shard_rows=16)
+    row_map = RowMap(plan, transfer_set.num_rows)
+
+    def fail_at_first(inputs):
+        if len(failed) < 4:
+            raise ValueError
+        return run(inputs)
+
+    batches = BatchLogits("a", fail_at_first, Inputs(transfer_set, row_map), num_classes=6)
+    for _ in range(4):
+        with pytest.raises(TeacherError) as caught:
+            dict(shard_logits(batches, row_map, [0, 1, 2]))
+        failed.append(caught)  # whose traceback holds what the stream was at
+    logits = dict(shard_logits(batches, row_map, [0, 1, 2]))
+    assert torch.equal(torch.cat(list(logits.values()))[:, :4], tiny_inputs())
+    assert dataset.most_reading == 1
 
 
 # The grid -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 import threading
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -575,6 +576,35 @@ def test_a_loop_that_is_left_leaves_no_thread(cache, tier):
     for thread in set(threading.enumerate()) - before:
         thread.join(30)
     assert set(threading.enumerate()) <= before
+
+
+class OneAtATime:
+    """A dataset that two threads may not read at a time, and that takes its time."""
+
+    def __init__(self) -> None:
+        self.inputs, self.num_reading, self.most_reading = tiny_inputs(), 0, 0
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        self.num_reading += 1
+        self.most_reading = max(self.most_reading, self.num_reading)
+        time.sleep(0.005)
+        self.num_reading -= 1
+        return self.inputs[index]
+
+
+def test_a_dataset_is_read_by_one_thread_also_when_an_epoch_is_left(cache, tier, monkeypatch):
+    monkeypatch.setattr("kdcache.threads.SECONDS_TO_LEAVE", 0.001)
+    dataset = OneAtATime()
+    loader = loader_of(cache, dataset, **tier)
+    for _ in range(4):
+        for _ in loader:
+            time.sleep(0.01)  # in which the next batch is begun
+            break
+    assert joined_rightly(loader)
+    assert dataset.most_reading == 1
 
 
 def test_an_unfinished_cache_is_streamed_with_a_mask(tmp_path):

@@ -262,6 +262,26 @@ def test_two_loops_at_once_have_memory_of_their_own(folder):
         assert torch.equal(other[2].logits()[:, 0], other[0])
 
 
+def test_far_windows_that_are_left_while_they_are_decoded_disturb_no_others(folder, monkeypatch):
+    scatter = CodesReader.scatter
+
+    def slowly(self, rows, out, places):
+        time.sleep(0.02)
+        scatter(self, rows, out, places)
+
+    monkeypatch.setattr(CodesReader, "scatter", slowly)
+    monkeypatch.setattr(CodesReader, "is_far", property(lambda _: True))
+    monkeypatch.setattr("kdcache.threads.SECONDS_TO_LEAVE", 0.001)
+    loader = loader_of(folder, tier="windows", window_bytes=2 * ROW_BYTES * 8, batch_size=3)
+    for num_given in (1, 2, 3, 5):
+        for place, (inputs, _, soft_targets) in enumerate(loader, start=1):
+            assert torch.equal(soft_targets.logits()[:, 0], inputs)
+            if place == num_given:
+                break
+    for inputs, _, soft_targets in loader:
+        assert torch.equal(soft_targets.logits()[:, 0], inputs)
+
+
 def test_windows_say_what_they_hold(folder):
     assert loader_of(folder, tier="windows", window_bytes=ROW_BYTES * 8).held_bytes == 3 * ROW_BYTES * 8
 
