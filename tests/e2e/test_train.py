@@ -71,7 +71,7 @@ arguments = { units = 20 }
 temperatures = [1.0, 4.0]
 soft_weights = [0.0, 0.9]
 seeds = [0, 1]
-epochs = 12
+epochs = 8
 batch_size = 64
 optimizer = { learning_rate = 3e-3 }
 """

@@ -258,7 +258,7 @@ def run(undisturbed, **options):
 
 
 def test_whatever_happens_to_a_cache_no_row_is_wrong_and_repair_ends_well(undisturbed):
-    run(undisturbed, max_examples=16, stateful_step_count=12)
+    run(undisturbed, max_examples=10, stateful_step_count=12)
 
 
 @pytest.mark.slow

@@ -104,7 +104,12 @@ def test_rows_that_are_not_available_compile():
 
 
 @pytest.mark.parametrize(
-    "divergence", ["forward-kl", "cross-entropy", "reverse-kl", "jensen-shannon", "logit-matching"]
+    "divergence",
+    [
+        "forward-kl",
+        "jensen-shannon",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cross-entropy", "reverse-kl", "logit-matching")),
+    ],
 )
 @few_codecs
 def test_the_loss_of_a_batch_and_its_gradient_compile(spec, divergence):

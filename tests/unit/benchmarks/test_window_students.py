@@ -154,7 +154,7 @@ def test_a_student_follows_from_its_seed_whoever_was_trained_before(arms, subjec
     assert not torch.equal(weights[0], weights[1])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 def test_a_student_comes_nearer_to_its_teacher(arms, subject, temperature):
     plan = replace(PLAN, steps=300)
     question = window_runner.WindowQuestion(subject, plan, arms, Trainer(subject, plan))

@@ -86,6 +86,7 @@ def test_a_basis_that_is_chosen_for_a_budget_has_a_target_and_keeps_it(tmp_path)
     assert certificate.max_kl <= certificate.kl_bound <= 2 * codec.max_kl
 
 
+@pytest.mark.slow
 def test_where_a_basis_takes_most_of_a_budget_smaller_ones_are_measured_too(tmp_path):
     few = TransferSet.from_arrays(hidden(300) * torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02]))
     points = chosen(tmp_path, few, bytes_per_row=45).points
@@ -103,6 +104,7 @@ def test_where_a_basis_takes_little_of_a_budget_it_is_not_cut(tmp_path):
     assert {point.codec.rank for point in points if isinstance(point.codec, Spectral)} == {6}
 
 
+@pytest.mark.slow
 def test_as_many_classes_are_kept_as_a_budget_allows(tmp_path):
     points = [point for point in chosen(tmp_path, bytes_per_row=200).points if isinstance(point.codec, TopK)]
     within = [point for point in points if point.bytes_over(3000) <= 200 * 3000]
@@ -117,6 +119,7 @@ def test_a_sampled_tail_is_no_candidate_because_its_kl_leaves_out_the_tail(tmp_p
     assert tails == {"class-means"}
 
 
+@pytest.mark.slow
 def test_a_larger_budget_is_more_faithful(tmp_path):
     small, large = (chosen(tmp_path, bytes_per_row=budget).certificate.mean_kl[0] for budget in (8, 12))
     assert large < small / 2
@@ -395,6 +398,7 @@ class Wide(Head):
         return super().forward(hidden) * 60
 
 
+@pytest.mark.slow
 def test_a_generous_budget_is_kept_by_wide_logits(tmp_path):
     found = plan_cache(tmp_path / "cache", ROWS, {"a": Wide()}, bytes_per_row=60).teachers[0]
     assert found.bytes_per_row + found.parameter_bytes / 3000 <= 60
