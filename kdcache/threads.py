@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["LoopThreads"]
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,9 @@ class LoopThreads:
     seconds_to_leave : float, optional
         How long `leave` waits at most.
     """
+
+    _is_program_over = staticmethod(sys.is_finalizing)
+    """Held here, since modules lose their names before the last generators end."""
 
     def __init__(self, num_threads: int, name: str, *, seconds_to_leave: float | None = None) -> None:
         self._process = os.getpid()
@@ -61,8 +65,8 @@ class LoopThreads:
         release : callable () -> None, optional
             Called once nothing is under way any more, by whoever is last; never in another process.
         """
-        if self._process != os.getpid():
-            return
+        if self._is_program_over() or self._process != os.getpid():
+            return  # threads have ended, or are in another process
         with self._lock:
             self._is_left = True
             self._release = release

@@ -22,11 +22,17 @@ class OpenExamples:
     ----------
     store : CacheStore
     document : CacheDocument
+    examples_sha256 : str, optional
+        Of the example table, as complete.json names it.
     """
 
-    def __init__(self, store: CacheStore, document: CacheDocument) -> None:
+    def __init__(self, store: CacheStore, document: CacheDocument, *, examples_sha256: str | None = None) -> None:
         self.document = document
         self._store = store
+        self._examples_sha256 = examples_sha256
+
+    def _column(self, name: str) -> np.ndarray | None:
+        return self._store.example_column(name, sha256=self._examples_sha256)
 
     @property
     def num_examples(self) -> int:
@@ -36,18 +42,18 @@ class OpenExamples:
     @functools.cached_property
     def example_ids(self) -> np.ndarray:
         """Ids of all examples in row order: int64 or object [example]. Read when first asked for."""
-        ids = self._store.example_column("example_id")
+        ids = self._column("example_id")
         return np.asarray(ids)
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """Labels of all examples in row order, int64 [example], or None. Read when first asked for."""
-        return self._store.example_column("label")
+        return self._column("label")
 
     @functools.cached_property
     def input_digests(self) -> np.ndarray | None:
         """Input digests of all examples in row order, uint8 [example, 16], or None. Read when first asked for."""
-        return self._store.example_column("input_digest")
+        return self._column("input_digest")
 
     def input_digests_of(self, example_indices: np.ndarray) -> np.ndarray | None:
         """Read the input digests of some examples by their place in row order, uint8 [example, 16], or None.
@@ -68,7 +74,7 @@ class OpenExamples:
         CorruptCacheError
             They do not ascend from 0 to the rows that a view has.
         """
-        first_rows = np.asarray(self._store.example_column("first_row"))
+        first_rows = np.asarray(self._column("first_row"))
         num_rows = np.diff(first_rows, append=self.document.num_rows)
         if first_rows[0] or num_rows.min() < 1 or num_rows.max() >= 2**31:
             reason = f"its first rows do not ascend from 0 to the {self.document.num_rows} rows of a view"

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 RESIDENT_BYTES = 2**31
 """Coded rows up to this size are held in memory, where nothing is said."""
-_COMPARED_BYTES = 2**26
-"""An example table up to this size is read whole to compare ids."""
 
 
 class SoftTargetCache(OpenExamples):
@@ -59,7 +57,7 @@ class SoftTargetCache(OpenExamples):
         complete: CompleteDocument | None,
         teachers: Mapping[str, TeacherDocument],
     ) -> None:
-        super().__init__(store, document)
+        super().__init__(store, document, examples_sha256=None if complete is None else complete.examples_sha256)
         self.complete = complete
         self.teachers = dict(teachers)
         self._resident: dict[str, ResidentCodes] = {}
@@ -169,13 +167,18 @@ class SoftTargetCache(OpenExamples):
     def are_all_in_row_order(self, example_ids: Sequence[int] | Sequence[str] | np.ndarray) -> bool:
         """Tell, by content, whether these are the ids of all examples in row order, and each has one row.
 
-        False also where that would not be told quickly: the build has not finished, or the example table takes more
-        than 64 MiB, or is not the one that complete.json vouches for, so that `locate` has to be asked.
+        False also where that would not be told quickly, so that `locate` has to be asked: the build has not finished,
+        or the example table takes more than 64 MiB.
+
+        Raises
+        ------
+        CorruptCacheError
+            The example table is missing, or another one than complete.json vouches for.
         """
         given, document = ids_as_given(example_ids), self.document
         if self.complete is None or not len(given) == document.num_examples == document.num_rows:
             return False
-        kept = self._store.vouched_example_ids(self.complete.examples_sha256, max_bytes=_COMPARED_BYTES)
+        kept = self._store.vouched_example_ids(self.complete.examples_sha256)
         return kept is not None and given.dtype == kept.dtype and np.array_equal(given, kept)
 
     def read_rows(self, rows: np.ndarray | Sequence[int], *, teachers: Sequence[str] | None = None) -> SoftTargets:

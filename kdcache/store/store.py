@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
     from kdcache.store.parquet import ExampleColumns
 
+_VOUCHED_BYTES = 2**26
+"""An example table up to this size is read whole, and held against its digest, for each of its columns."""
 _READING_THREADS = 32
 """Records read at once: on an object store each costs a few round trips, and next to no work."""
 
@@ -121,31 +123,45 @@ class CacheStore(StoredDocuments):
             transfer_set_digest=document.transfer_set_digest,
         )  # fmt: skip
 
-    def vouched_example_ids(self, sha256: str, *, max_bytes: int) -> npt.NDArray[Any] | None:
-        """Read the ids of all examples in row order; None where the table is larger, or is not the one of this digest.
-
-        Parameters
-        ----------
-        sha256 : str
-            Of the table, as complete.json names it.
-        max_bytes : int
+    def vouched_example_ids(self, sha256: str) -> npt.NDArray[Any] | None:
+        """Read the ids of all examples in row order; None where the table takes more than 64 MiB.
 
         Raises
         ------
         CorruptCacheError
-            The table is missing.
+            The table is missing, or not the one of this digest.
         """
+        data = self._vouched_table(sha256)
+        return None if data is None else self._example_columns(data).column("example_id")
+
+    def example_column(self, name: str, *, sha256: str | None = None) -> npt.NDArray[Any] | None:
+        """Read a single column of the example table by its name in the file; None where it is null throughout.
+
+        Parameters
+        ----------
+        name : str
+        sha256 : str, optional
+            Of the table, as complete.json names it; tables of up to 64 MiB are held against it.
+
+        Raises
+        ------
+        CorruptCacheError
+            The table is missing, torn or altered.
+        """
+        data = None if sha256 is None else self._vouched_table(sha256)
+        return self._example_columns(data).column(name)
+
+    def _vouched_table(self, sha256: str) -> bytes | None:
+        """Give the bytes of the example table, or None where it is large, which takes too long to tell."""
         place = self._files.place(layout.EXAMPLES)
-        if (self._objects.size(layout.EXAMPLES) or 0) > max_bytes:
+        if (self._objects.size(layout.EXAMPLES) or 0) > _VOUCHED_BYTES:
             return None
         data = self._files.read(place)
         if hashlib.sha256(data).hexdigest() != sha256:
-            return None
-        return self._example_columns(data).column("example_id")
-
-    def example_column(self, name: str) -> npt.NDArray[Any] | None:
-        """Read a single column of the example table by its name in the file; None where it is null throughout."""
-        return self._example_columns().column(name)
+            raise place.corrupt(
+                "the file is another one than complete.json vouches for: ids, labels or digests may differ"
+            )
+        return data
 
     def example_values(self, name: str, example_indices: npt.ArrayLike) -> npt.NDArray[Any] | None:
         """Read a column's values for some examples, in the order given; None where the column is null throughout.
