@@ -128,7 +128,9 @@ def make_draft(address: Address, transfer_set: TransferSet, teachers: Teachers, 
         if store.objects.size(layout.ROOT) is not None:
             raise CacheExistsError(
                 f"{store.address} holds a cache whose plan is lost; nothing was written. `kdcache repair JOB`, with "
-                "this job file, or repair_cache with these teachers, writes the plan anew if it is that of the cache"
+                "this job file, or repair_cache with these teachers, writes the plan anew if complete.json names the "
+                "very one. Where complete.json is lost, too, nothing tells what the cache was planned as: build at a "
+                "new address"
             )
         raise CacheExistsError(
             f"{store.address} holds files that are no kdcache cache; nothing was written. Choose an empty folder"

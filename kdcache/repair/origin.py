@@ -15,7 +15,7 @@ from kdcache.build.builder import BuildProgress, build_cache, example_table
 from kdcache.build.draft import PlanOptions, as_teachers, make_draft, propose_plan
 from kdcache.build.executors import open_executor
 from kdcache.documents import CacheDocument, InProcess, PlanDocument
-from kdcache.errors import PlanMismatchError
+from kdcache.errors import KdcacheError, PlanMismatchError
 from kdcache.store import ExampleTable
 from kdcache.transfer_set import TransferSet
 
@@ -55,6 +55,22 @@ class Origin:
                 "the cache was built from"
             )
         return example_table(transfer_set)
+
+    def refuse_others(self) -> None:
+        """Refuse what a build would refuse as not the cache's, before anything is taken away.
+
+        Raises
+        ------
+        PlanMismatchError
+            Teachers, transfer set or options are not those of the plan that stands.
+        """
+        arguments = self._arguments
+        try:
+            make_draft(arguments["address"], arguments["transfer_set"], arguments["teachers"], self._options())
+        except PlanMismatchError:
+            raise
+        except KdcacheError:  # of what is damaged, which is what the repair is about
+            return
 
     def proposed_plan(self) -> PlanDocument:
         """Plan what is asked for as if nothing stood at the address."""

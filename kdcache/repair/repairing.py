@@ -26,7 +26,7 @@ from kdcache.repair.origin import Origin
 from kdcache.repair.planning import plan_repair
 from kdcache.store import CacheStore, layout
 from kdcache.transfer_set import TransferSet
-from kdcache.verify import VerifyReport, verify_cache
+from kdcache.verify import Finding, VerifyReport, verify_cache
 from kdcache.verify.standing import Standing
 
 
@@ -83,7 +83,7 @@ def repair_cache(
     OptionError
         A job is given together with what it says, or teachers without a transfer set.
     PlanMismatchError
-        Transfer set or teachers are not the cache's.
+        Transfer set or teachers are not the cache's; nothing was changed.
     StoreError
         Another repair of this cache is at work, and nothing was changed; or the store does not answer, or cannot be
         written to.
@@ -109,6 +109,8 @@ def repair_cache(
     with contextlib.nullcontext() if dry_run else claim_repair(store.objects) as claim:
         found = verify_cache(place, on_progress=on_verified)
         mending = _mending(store, found, origin, claim)
+        if origin.has_teachers and found.findings and not any(_is_of_plans(item) for item in found.findings):
+            origin.refuse_others()
         actions = list(mending.steps())
         is_blocked = any(action.verb == "cannot" or (action.verb == "build" and action.then) for action in actions)
         is_to_finish = not is_blocked and _is_to_finish(mending)  # complete.json must not vouch for what is damaged
@@ -122,9 +124,13 @@ def repair_cache(
 
 def _mending(store: CacheStore, found: VerifyReport, origin: Origin, claim: RepairClaim | None) -> Mending:
     standing = Standing.read(store)
-    needs_plan = origin.has_teachers and any(item.key.startswith(f"{layout.PLANS}/") for item in found.findings)
+    needs_plan = origin.has_teachers and any(_is_of_plans(item) for item in found.findings)
     plan = plan_repair(standing, found.findings, proposed=origin.proposed_plan() if needs_plan else None)
     return Mending(standing, plan, origin, claim)
+
+
+def _is_of_plans(item: Finding) -> bool:
+    return item.key.startswith(f"{layout.PLANS}/")
 
 
 def _is_to_finish(mending: Mending) -> bool:

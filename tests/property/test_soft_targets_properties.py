@@ -22,7 +22,7 @@ from kdcache.soft_targets import MEANS, SoftTargets, log_mean_probabilities
 
 temperatures = st.floats(0.05, 1000)
 means = st.sampled_from(MEANS)
-common = settings(max_examples=40, deadline=None)
+common = settings(max_examples=25, deadline=None)
 
 
 @st.composite

@@ -78,7 +78,9 @@ def test_masked_classes_compile(spec):
     torch.testing.assert_close(found, soft_targets.probabilities(2.0, mean="arithmetic"))
 
 
-@few_codecs
+@pytest.mark.parametrize(
+    "spec", [Codes(), Spectral(step=0.1), pytest.param(TopK(k=4), marks=pytest.mark.slow)], ids=str
+)
 def test_a_graph_serves_batches_of_other_lengths(spec):
     soft_targets = coded(spec)
     run = compiled(lambda codes: SoftTargets(codes, soft_targets.decoders, ("a", "b")).logits())

@@ -77,6 +77,7 @@ def test_a_budget_of_bytes_is_kept(tmp_path):
     assert 10 < found.bytes_per_row + found.parameter_bytes / 3000 <= 20
 
 
+@pytest.mark.slow
 def test_a_basis_that_is_chosen_for_a_budget_has_a_target_and_keeps_it(tmp_path):
     cache = build_cache(tmp_path / "cache", ROWS, {"a": Head()}, bytes_per_row=20)
     codec = cache.teachers["a"].codec
@@ -425,6 +426,7 @@ def test_a_float64_teacher_with_more_classes_than_pilot_rows_is_coded(tmp_path):
     assert found.teachers[0].codec.kind == "spectral"
 
 
+@pytest.mark.slow
 def test_the_choice_rests_on_every_held_out_row(tmp_path, monkeypatch):
     monkeypatch.setattr("kdcache.build.task.MEASURED_ELEMENTS", 400)  # the certificate measures one row
     assert chosen(tmp_path, max_kl=0.01).codec.kind == "spectral"

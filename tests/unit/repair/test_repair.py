@@ -80,6 +80,34 @@ def test_swapped_shards_are_both_built_anew(folder, built, others):
     assert files_of(folder) == files_of(built)
 
 
+@pytest.mark.parametrize("lost", [["index"], ["index/fences"], ["index", "commits/a/1.json", "teachers/b/codes/c/0/0"]])
+def test_an_index_that_is_lost_with_complete_json_is_made_from_the_transfer_set(folder, built, lost):
+    for name in ("complete.json", *lost):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    repair(folder)
+    assert files_of(folder) == files_of(built)
+
+
+def test_an_index_that_is_lost_with_complete_json_is_left_to_the_build_where_no_transfer_set_is(folder, built):
+    (folder / "complete.json").unlink()
+    shutil.rmtree(folder / "index")
+    report = repair_cache(folder)
+    assert (report.is_complete, report.command) == (False, "kdcache build JOB")
+    build_tiny(folder, teachers=tiny_teachers(2), codec=CODES)
+    assert files_of(folder) == files_of(built)
+
+
+def test_other_teachers_are_refused_before_anything_is_taken_away(folder):
+    lose(folder / SHARD)
+    flip(folder / "teachers/b/codes/c/0/0")
+    before = files_of(folder)
+    others = {"a": TinyTeacher(seed=99), "b": tiny_teachers(2)["b"]}
+    with pytest.raises(PlanMismatchError, match=r"(?s)planned otherwise.*Nothing was changed"):
+        repair_cache(folder, tiny_transfer_set(), others)
+    assert files_of(folder) == before
+
+
 def test_only_the_dropped_shard_is_computed_again(folder):
     lose(folder / SHARD)
     teachers = tiny_teachers(2)
@@ -152,7 +180,7 @@ def test_a_shard_of_a_teacher_that_is_being_added_is_mended_and_readers_see_noth
 def test_another_transfer_set_is_refused_before_anything_is_changed(folder):
     lose(folder / "examples.parquet")
     before = files_of(folder)
-    with pytest.raises(PlanMismatchError, match=r"the transfer set has digest .* Nothing was changed"):
+    with pytest.raises(PlanMismatchError, match=r"(?s)The transfer set is another one: .* Nothing was changed"):
         repair_cache(folder, tiny_transfer_set(39), tiny_teachers(2))
     assert files_of(folder) == before
 
