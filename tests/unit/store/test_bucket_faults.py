@@ -186,6 +186,6 @@ def test_an_example_table_that_is_not_answered_is_no_damage(conditional, monkeyp
     objects.delete("first")
     build_tiny(objects.address)
     cache = open_cache(objects.address)
-    faults.plan("503", "GET", times=FOREVER, after=1)
+    faults.plan("503", "GET", times=FOREVER)
     with pytest.raises(StoreError, match=r"GET .*examples.parquet failed"):
         _ = cache.labels
