@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,20 @@ class StoppingObjects(LocalObjects):
         number = next(self._writes)
         if self._at is not None and number >= self._at:
             raise Stop
+
+
+class OneAtATime:
+    """A dataset that two threads may not read at a time, and that takes its time."""
+
+    def __init__(self) -> None:
+        self.inputs, self.num_reading, self.most_reading = tiny_inputs(), 0, 0
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        self.num_reading += 1
+        self.most_reading = max(self.most_reading, self.num_reading)
+        time.sleep(0.005)
+        self.num_reading -= 1
+        return self.inputs[index]

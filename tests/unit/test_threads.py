@@ -106,8 +106,7 @@ def test_what_is_under_way_is_waited_for_and_what_has_not_begun_is_not_done(monk
     held, released = Held(), []
     threads = LoopThreads(1, "test")
     asked = [threads.submit(held, step) for step in range(3)]
-    while not held.has_begun.is_set():
-        time.sleep(0.001)
+    assert held.has_begun.wait(30)
     wait = threads._is_idle.wait
     monkeypatch.setattr(threads._is_idle, "wait", lambda timeout: (held.may_end.set(), wait(timeout)))
     threads.leave(lambda: released.append(list(held.done)))
@@ -120,8 +119,7 @@ def test_what_takes_too_long_is_released_when_it_ends():
     held, released = Held(), threading.Event()
     threads = LoopThreads(1, "test", seconds_to_leave=0.05)
     threads.submit(held, 0)
-    while not held.has_begun.is_set():
-        time.sleep(0.001)
+    assert held.has_begun.wait(30)
     threads.leave(released.set)
     assert not released.is_set()
     held.may_end.set()
@@ -132,8 +130,7 @@ def test_a_wait_that_is_interrupted_still_releases(monkeypatch):
     held, released = Held(), threading.Event()
     threads = LoopThreads(1, "test")
     threads.submit(held, 0)
-    while not held.has_begun.is_set():
-        time.sleep(0.001)
+    assert held.has_begun.wait(30)
 
     def interrupted(_):
         raise KeyboardInterrupt
@@ -150,8 +147,7 @@ def test_what_was_submitted_and_lost_by_an_interrupt_is_waited_for():
     held, released = Held(), threading.Event()
     threads = LoopThreads(1, "test", seconds_to_leave=0.05)
     threads._pool.submit(threads._run, held, 0)  # whose future nobody has
-    while not held.has_begun.is_set():
-        time.sleep(0.001)
+    assert held.has_begun.wait(30)
     threads.leave(released.set)
     assert not released.is_set()
     held.may_end.set()

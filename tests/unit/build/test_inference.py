@@ -1,11 +1,18 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
-from tiny_caches import NUM_EXAMPLES, TinyTeacher, build_tiny, files_of, tiny_inputs, tiny_teachers, tiny_transfer_set
+from tiny_caches import (
+    NUM_EXAMPLES,
+    OneAtATime,
+    TinyTeacher,
+    build_tiny,
+    files_of,
+    tiny_inputs,
+    tiny_teachers,
+    tiny_transfer_set,
+)
 from torch import nn
 
 from kdcache import Codes, Lossless, TransferSet, open_cache
@@ -39,23 +46,6 @@ def logits_of(run, shards, *, batch_size=12, shard_rows=16, transfer_set=None, n
     row_map = RowMap(plan, transfer_set.num_rows)
     batches = BatchLogits("a", run, Inputs(transfer_set, row_map, num_workers), num_classes=6)
     return dict(shard_logits(batches, row_map, shards))
-
-
-class OneAtATime:
-    """A dataset that two threads may not read at a time, and that takes its time."""
-
-    def __init__(self) -> None:
-        self.inputs, self.num_reading, self.most_reading = tiny_inputs(), 0, 0
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, index):
-        self.num_reading += 1
-        self.most_reading = max(self.most_reading, self.num_reading)
-        time.sleep(0.005)
-        self.num_reading -= 1
-        return self.inputs[index]
 
 
 def test_a_dataset_is_read_by_one_thread_also_when_a_teacher_failed(monkeypatch):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from tiny_caches import TinyTeacher, build_tiny, tiny_inputs, tiny_labels, tiny_teachers, tiny_transfer_set
+from tiny_caches import OneAtATime, TinyTeacher, build_tiny, tiny_inputs, tiny_labels, tiny_teachers, tiny_transfer_set
 from torch import nn
 
 from kdcache import Codes, SoftTargetLoader, TransferSet, open_cache
@@ -581,23 +581,6 @@ def test_a_loop_that_is_left_leaves_no_thread(cache, tier):
     for thread in set(threading.enumerate()) - before:
         thread.join(30)
     assert set(threading.enumerate()) <= before
-
-
-class OneAtATime:
-    """A dataset that two threads may not read at a time, and that takes its time."""
-
-    def __init__(self) -> None:
-        self.inputs, self.num_reading, self.most_reading = tiny_inputs(), 0, 0
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, index):
-        self.num_reading += 1
-        self.most_reading = max(self.most_reading, self.num_reading)
-        time.sleep(0.005)
-        self.num_reading -= 1
-        return self.inputs[index]
 
 
 def test_a_dataset_is_read_by_one_thread_also_when_an_epoch_is_left(cache, tier, monkeypatch):

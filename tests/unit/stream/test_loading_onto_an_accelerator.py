@@ -53,7 +53,7 @@ def folder(request, tmp_path_factory):
 
 
 def loader_of(folder, tier, tmp_path, **options):
-    more = {"mapped": {"local_copy": tmp_path / "copy"}, "windows": {"window_bytes": 2**18}}.get(tier, {})
+    more = {"local_copy": tmp_path / "copy"} if tier == "mapped" else {}
     options = {"shuffle": "windowed", "window_bytes": 2**18, "device": "cuda", **more, **options}
     return SoftTargetLoader(open_cache(folder), transfer_set(), batch_size=BATCH_SIZE, tier=tier, **options)
 
